@@ -1,0 +1,59 @@
+//! What must hold on a node at any time: nothing half.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde_json::Value;
+
+use crate::Node;
+
+/// The volumes of a node and the names of their snapshots, oldest first.
+pub type Histories = BTreeMap<String, Vec<String>>;
+
+/// Lists a node's volumes and snapshots.
+#[track_caller]
+pub fn histories(node: &Node) -> Histories {
+    let mut histories = Histories::new();
+    for volume in array(&node.cli(&["list"]).ok().json()) {
+        let name = text(&volume["name"]);
+        let snapshots = node.http("GET", &format!("/v1/volumes/{name}/snapshots"), None).is(200).json();
+        histories.insert(name, array(&snapshots).iter().map(|snapshot| text(&snapshot["name"])).collect());
+    }
+    histories
+}
+
+/// Asserts that every snapshot reads back as it was taken, that nothing lies about in the pool, and that no orphan is
+/// in it.
+#[track_caller]
+pub fn assert_sound(node: &Node) {
+    for (volume, snapshots) in histories(node) {
+        for snapshot in snapshots {
+            let path = format!("/v1/volumes/{volume}/snapshots/{snapshot}/verify?compare=contents");
+            let verification = node.http("POST", &path, None).is(200).json();
+            assert_eq!(verification["findings"], Value::Array(vec![]), "{volume}@{snapshot}: {verification}");
+        }
+    }
+    let pool = node.cli(&["pool", "status"]).ok().json();
+    assert_eq!(pool["orphans"], Value::Array(vec![]), "{pool}");
+}
+
+/// Returns what lies in the folders of a directory pool that are empty between operations.
+pub fn leftovers(pool: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for folder in ["staging", "trash"] {
+        let Ok(entries) = std::fs::read_dir(pool.join(folder)) else { continue };
+        found.extend(entries.flatten().map(|entry| format!("{folder}/{}", entry.file_name().to_string_lossy())));
+    }
+    found
+}
+
+/// Returns an array's members.
+#[track_caller]
+pub fn array(value: &Value) -> Vec<Value> {
+    value.as_array().unwrap_or_else(|| panic!("not an array: {value}")).clone()
+}
+
+/// Returns a text.
+#[track_caller]
+pub fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("not a text: {value}")).to_owned()
+}
