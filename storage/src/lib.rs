@@ -10,3 +10,4 @@ pub mod driver;
 pub mod error;
 pub mod fault;
 pub mod model;
+pub mod tree;

@@ -1,0 +1,249 @@
+//! A tree's inventory: every entry in walk order, in one append-only file.
+//!
+//! Layout: the magic text, then records of u32 little-endian length, postcard bytes, and the first 8 bytes of their
+//! BLAKE3. The last record holds the count, so a file that was cut is noticed. Read and written as a stream.
+
+use std::{
+    fs::File,
+    io::{BufReader, BufWriter, Read as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    entry::{Entry, Stat},
+    path::TreePath,
+    xattr::XATTRS_LIMIT,
+};
+use crate::error::{Error, ErrorKind, Result};
+
+const MAGIC: &[u8] = b"flocker-inventory/1\n";
+
+/// The longest record: an entry with all its attributes, two paths, and room.
+const RECORD_LIMIT: usize = XATTRS_LIMIT + 256 * 1024;
+
+const CHECK_LENGTH: usize = 8;
+
+/// One entry and what else is known of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InventoryEntry {
+    /// The entry. Write `stat.nlink` as the number of names within the volume (the head's), not within the pool.
+    pub entry: Entry,
+    /// The stat of the head's file that this one was copied from. Two snapshots of one head whose origins are
+    /// unchanged hold the same data and metadata, though their own inodes differ.
+    pub origin: Option<Stat>,
+    /// BLAKE3 of a regular file's contents, where it was read.
+    pub digest: Option<[u8; 32]>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Record {
+    Entry(InventoryEntry),
+    End { entries: u64 },
+}
+
+/// Writes an inventory. Dropped before [`finish`](Self::finish) it leaves a file that is read as truncated.
+#[derive(Debug)]
+pub struct InventoryWriter {
+    out: BufWriter<File>,
+    path: PathBuf,
+    last: Option<TreePath>,
+    entries: u64,
+}
+
+impl InventoryWriter {
+    /// Creates the file, which must not exist, with mode 0600.
+    pub fn create(path: &Path) -> Result<Self> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let file = File::options().write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(|error| Error::io("create inventory", path.display(), error))?;
+        let mut writer =
+            Self { out: BufWriter::with_capacity(64 * 1024, file), path: path.to_owned(), last: None, entries: 0 };
+        writer.put(MAGIC)?;
+        Ok(writer)
+    }
+
+    /// Adds the next entry in walk order.
+    pub fn add(&mut self, entry: InventoryEntry) -> Result<()> {
+        if self.last.as_ref().is_some_and(|last| *last >= entry.entry.path) {
+            let why = format!("{} is out of order", entry.entry.path);
+            return Err(Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(why)));
+        }
+        self.last = Some(entry.entry.path.clone());
+        self.entries += 1;
+        self.record(&Record::Entry(entry))
+    }
+
+    /// Ends the inventory and makes it durable.
+    pub fn finish(mut self) -> Result<()> {
+        self.record(&Record::End { entries: self.entries })?;
+        let synced = self.out.flush().and_then(|()| self.out.get_ref().sync_all());
+        synced.map_err(|error| Error::io("write inventory", self.path.display(), error))
+    }
+
+    fn record(&mut self, record: &Record) -> Result<()> {
+        let body = postcard::to_stdvec(record).map_err(|error| {
+            Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(error.to_string()))
+        })?;
+        if body.len() > RECORD_LIMIT {
+            let why = "an entry's attributes are larger than 8 MiB".to_owned();
+            return Err(Error::new("write inventory", self.path.display(), ErrorKind::Unsupported(why)));
+        }
+        self.put(&(body.len() as u32).to_le_bytes())?;
+        self.put(&body)?;
+        self.put(&blake3::hash(&body).as_bytes()[..CHECK_LENGTH])
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|error| Error::io("write inventory", self.path.display(), error))
+    }
+}
+
+/// Reads an inventory, entry by entry. After an error it ends.
+#[derive(Debug)]
+pub struct InventoryReader {
+    input: BufReader<File>,
+    path: PathBuf,
+    last: Option<TreePath>,
+    entries: u64,
+    ended: bool,
+}
+
+impl InventoryReader {
+    /// Opens an inventory.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::io("open inventory", path.display(), error))?;
+        let input = BufReader::with_capacity(64 * 1024, file);
+        let mut reader = Self { input, path: path.to_owned(), last: None, entries: 0, ended: false };
+        let mut magic = [0; MAGIC.len()];
+        reader.fill(&mut magic)?;
+        if magic != MAGIC { Err(reader.corrupt("it is not an inventory")) } else { Ok(reader) }
+    }
+
+    fn corrupt(&self, why: &str) -> Error {
+        Error::new("read inventory", self.path.display(), ErrorKind::Corrupt(why.to_owned()))
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<()> {
+        self.input.read_exact(bytes).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.corrupt("it is truncated"),
+            _ => Error::io("read inventory", self.path.display(), error),
+        })
+    }
+
+    fn read(&mut self) -> Result<Option<InventoryEntry>> {
+        let mut length = [0; 4];
+        self.fill(&mut length)?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > RECORD_LIMIT {
+            return Err(self.corrupt("a record is too long"));
+        }
+        let mut body = vec![0; length];
+        self.fill(&mut body)?;
+        let mut check = [0; CHECK_LENGTH];
+        self.fill(&mut check)?;
+        if blake3::hash(&body).as_bytes()[..CHECK_LENGTH] != check {
+            return Err(self.corrupt("a checksum differs"));
+        }
+        match postcard::from_bytes(&body).map_err(|_| self.corrupt("a record cannot be read"))? {
+            Record::Entry(entry) => {
+                if self.last.as_ref().is_some_and(|last| *last >= entry.entry.path) {
+                    return Err(self.corrupt("its entries are out of order"));
+                }
+                self.last = Some(entry.entry.path.clone());
+                self.entries += 1;
+                Ok(Some(entry))
+            }
+            Record::End { entries } if entries == self.entries => {
+                match self.input.read(&mut [0]).map_err(|error| Error::io("read inventory", self.path.display(), error))? {
+                    0 => Ok(None),
+                    _ => Err(self.corrupt("bytes follow its end")),
+                }
+            }
+            Record::End { .. } => Err(self.corrupt("entries are missing")),
+        }
+    }
+}
+
+impl Iterator for InventoryReader {
+    type Item = Result<InventoryEntry>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.read();
+        self.ended = !matches!(next, Ok(Some(_)));
+        next.transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::tree::entry::{EntryKind, Time};
+
+    fn entry(path: &str) -> InventoryEntry {
+        InventoryEntry {
+            entry: Entry {
+                path: TreePath::parse(path.as_bytes()).unwrap(),
+                kind: EntryKind::HardLink { to: TreePath::parse(b"a").unwrap() },
+                mode: 0o640,
+                uid: 1,
+                gid: 2,
+                mtime: Time { secs: -5, nanos: 999_999_999 },
+                xattrs: vec![(b"user.x".to_vec(), b"\0\xff".to_vec())],
+                stat: Stat::default(),
+            },
+            origin: Some(Stat { ino: 7, ..Stat::default() }),
+            digest: Some([9; 32]),
+        }
+    }
+
+    fn written(folder: &Path) -> (PathBuf, Vec<InventoryEntry>) {
+        let path = folder.join("inventory");
+        let entries: Vec<_> = ["", "a", "a/b", "a!"].map(entry).into();
+        let mut writer = InventoryWriter::create(&path).unwrap();
+        entries.iter().for_each(|entry| writer.add(entry.clone()).unwrap());
+        writer.finish().unwrap();
+        (path, entries)
+    }
+
+    #[test]
+    fn an_inventory_comes_back_as_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, entries) = written(folder.path());
+        let back: Vec<_> = InventoryReader::open(&path).unwrap().map(Result::unwrap).collect();
+        assert_eq!(back, entries);
+    }
+
+    #[test]
+    fn a_cut_or_changed_inventory_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, _) = written(folder.path());
+        let bytes = std::fs::read(&path).unwrap();
+        for cut in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            let failed = InventoryReader::open(&path).and_then(|reader| reader.collect::<Result<Vec<_>>>()).is_err();
+            assert!(failed, "cut at {cut}");
+        }
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            std::fs::write(&path, &changed).unwrap();
+            let failed = InventoryReader::open(&path).and_then(|reader| reader.collect::<Result<Vec<_>>>()).is_err();
+            assert!(failed, "changed at {at}");
+        }
+    }
+
+    #[test]
+    fn entries_out_of_order_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = InventoryWriter::create(&folder.path().join("i")).unwrap();
+        writer.add(entry("b")).unwrap();
+        assert!(writer.add(entry("a")).is_err());
+        assert!(writer.add(entry("b")).is_err());
+    }
+}

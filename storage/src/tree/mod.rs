@@ -1,0 +1,15 @@
+//! Trees: walking, copying and listing them, and the portable delta `flocker-tree/1`.
+//!
+//! # Participants
+//! [`root`] and [`path`] name and open things beneath a root; [`walk`] yields [`entry`] values in one order;
+//! [`copy`] makes entries elsewhere; [`inventory`] keeps them in a file. All calls block: callers use a blocking thread.
+//! # Non-goals
+//! Volumes, pools and peers: a tree is a directory and what is in it.
+
+pub mod entry;
+mod findings;
+pub mod inventory;
+pub mod path;
+pub mod root;
+pub mod walk;
+mod xattr;
