@@ -133,6 +133,23 @@ impl Entry {
     }
 }
 
+/// What is set on an entry once it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Metadata {
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) mtime: Time,
+    pub(super) xattrs: Xattrs,
+}
+
+impl From<&Entry> for Metadata {
+    fn from(entry: &Entry) -> Self {
+        let Entry { mode, uid, gid, mtime, .. } = *entry;
+        Self { mode, uid, gid, mtime, xattrs: entry.xattrs.clone() }
+    }
+}
+
 /// What one statx(2) says: the parts of an [`Entry`] that need no further call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Status {

@@ -156,7 +156,11 @@ impl InventoryReader {
                 Ok(Some(entry))
             }
             Record::End { entries } if entries == self.entries => {
-                match self.input.read(&mut [0]).map_err(|error| Error::io("read inventory", self.path.display(), error))? {
+                match self
+                    .input
+                    .read(&mut [0])
+                    .map_err(|error| Error::io("read inventory", self.path.display(), error))?
+                {
                     0 => Ok(None),
                     _ => Err(self.corrupt("bytes follow its end")),
                 }

@@ -6,6 +6,9 @@
 //! # Non-goals
 //! Volumes, pools and peers: a tree is a directory and what is in it.
 
+mod builder;
+pub mod copy;
+mod data;
 pub mod entry;
 mod findings;
 pub mod inventory;

@@ -18,8 +18,7 @@ use super::path::TreePath;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How every path is resolved: beneath the directory it starts at, through no symbolic link (openat2(2)).
-const BENEATH: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
 /// The longest path handed to one system call, in bytes: below `PATH_MAX`, which counts the ending NUL.
 const PIECE_LIMIT: usize = 4000;
@@ -41,8 +40,8 @@ impl Root {
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(&path, flags, Mode::empty())
-            .map_err(|error| Error::io("open", path.display(), error))?;
+        let fd =
+            rustix::fs::open(&path, flags, Mode::empty()).map_err(|error| Error::io("open", path.display(), error))?;
         Ok(Self { fd, path })
     }
 

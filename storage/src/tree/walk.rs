@@ -218,9 +218,9 @@ impl Walk {
         let mut kind = match status.file_type {
             FileType::Directory => EntryKind::Directory,
             FileType::RegularFile => EntryKind::File { size: stat.size },
-            FileType::Symlink => EntryKind::Symlink {
-                target: rustix::fs::readlinkat(directory, name, Vec::new())?.into_bytes(),
-            },
+            FileType::Symlink => {
+                EntryKind::Symlink { target: rustix::fs::readlinkat(directory, name, Vec::new())?.into_bytes() }
+            }
             FileType::Fifo => EntryKind::Fifo,
             FileType::CharacterDevice => EntryKind::CharDevice { major: status.rdev.0, minor: status.rdev.1 },
             FileType::BlockDevice => EntryKind::BlockDevice { major: status.rdev.0, minor: status.rdev.1 },
@@ -262,14 +262,14 @@ impl Iterator for Walk {
 
 /// A directory's names, sorted, in one allocation; 1,000,000 names take some 30 MB.
 #[derive(Debug)]
-struct Names {
+pub(super) struct Names {
     bytes: Vec<u8>,
     /// Start and length of each name, last one first.
     spans: Vec<(u32, u8)>,
 }
 
 impl Names {
-    fn read(directory: impl std::os::fd::AsFd) -> std::result::Result<Self, Errno> {
+    pub(super) fn read(directory: impl std::os::fd::AsFd) -> std::result::Result<Self, Errno> {
         let mut buffer = [MaybeUninit::uninit(); 32 * 1024];
         let mut entries = RawDir::new(directory, &mut buffer);
         let mut bytes = Vec::new();
@@ -291,7 +291,7 @@ impl Names {
         Ok(Self { bytes, spans })
     }
 
-    fn next(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn next(&mut self) -> Option<Vec<u8>> {
         let (start, length) = self.spans.pop()?;
         Some(self.bytes[start as usize..start as usize + usize::from(length)].to_vec())
     }

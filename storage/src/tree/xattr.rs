@@ -23,7 +23,9 @@ const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 
 /// Tells whether an attribute is preserved. Others (`system.nfs4_acl`, `btrfs.*`) belong to one file system.
 pub(super) fn is_preserved(name: &[u8]) -> bool {
-    [&b"user."[..], b"trusted.", b"security."].iter().any(|prefix| name.len() > prefix.len() && name.starts_with(prefix))
+    [&b"user."[..], b"trusted.", b"security."]
+        .iter()
+        .any(|prefix| name.len() > prefix.len() && name.starts_with(prefix))
         || name == ACCESS_ACL
         || name == DEFAULT_ACL
 }
@@ -67,17 +69,29 @@ impl XattrReader {
     /// Reads the preserved attributes of an entry (of the directory itself where the name is empty), sorted by name.
     pub(super) fn read(&mut self, directory: BorrowedFd<'_>, name: &[u8]) -> Result<Xattrs, Errno> {
         let path = magic_path(directory, name);
-        let length = match rustix::fs::llistxattr(path.as_slice(), self.list.as_mut_slice()) {
+        let listed = rustix::fs::llistxattr(path.as_slice(), self.list.as_mut_slice());
+        self.values(listed, |key, value| rustix::fs::lgetxattr(path.as_slice(), key, value))
+    }
+
+    /// Reads the preserved attributes of an open file, sorted by name.
+    pub(super) fn read_open(&mut self, file: BorrowedFd<'_>) -> Result<Xattrs, Errno> {
+        let listed = rustix::fs::flistxattr(file, self.list.as_mut_slice());
+        self.values(listed, |key, value| rustix::fs::fgetxattr(file, key, value))
+    }
+
+    fn values(
+        &mut self,
+        listed: Result<usize, Errno>,
+        get: impl Fn(&[u8], &mut [u8]) -> Result<usize, Errno>,
+    ) -> Result<Xattrs, Errno> {
+        let length = match listed {
             Ok(length) => length,
             Err(Errno::OPNOTSUPP) => 0,
             Err(error) => return Err(error),
         };
-        if length == 0 {
-            return Ok(Vec::new());
-        }
         let mut xattrs = Vec::new();
         for key in self.list[..length].split(|byte| *byte == 0).filter(|key| is_preserved(key)) {
-            match rustix::fs::lgetxattr(path.as_slice(), key, self.value.as_mut_slice()) {
+            match get(key, &mut self.value) {
                 Ok(length) => xattrs.push((key.to_vec(), self.value[..length].to_vec())),
                 // Gone between the two calls, or not backed by the file system (SELinux shows such names).
                 Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
