@@ -1,0 +1,18 @@
+//! The real binary with real sockets, from issue to issue: each file is one theme, each test one claim.
+#![allow(clippy::unwrap_used)]
+
+mod api;
+mod backends;
+mod bad_input;
+mod crashes;
+mod demo;
+mod enrolment;
+mod everything;
+mod interrupted;
+mod memory;
+mod mounts;
+mod postgres;
+mod push;
+mod recovery;
+mod refusals;
+mod verbs;
