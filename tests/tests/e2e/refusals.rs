@@ -78,7 +78,7 @@ fn a_receiver_that_is_ahead_is_not_put_back() {
 
     let transfer = refused(a, b, "db@one", &["host-b", "newer", "one"]);
 
-    assert_eq!(transfer["outcome"]["verdict"]["behind"].is_object(), true, "{transfer}");
+    assert!(transfer["outcome"]["verdict"]["behind"].is_object(), "{transfer}");
 }
 
 #[test]
