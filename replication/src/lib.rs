@@ -8,6 +8,9 @@
 //!
 //! Neighbours: `flocker-storage` for the model's words; `node` calls this crate and acts on its answers.
 
+pub mod binding;
+pub mod divergence;
 pub mod message;
+pub mod negotiate;
 pub mod plan;
 pub mod problem;

@@ -162,9 +162,11 @@ pub struct Description {
 /// What the receiver has of the offered volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The volume that the offer is bound to ([`crate::inbound::bind`]); `None` where a new one will be made.
+    /// The volume that the offer is bound to, or the unrelated one that has its name (see [`crate::binding`]); `None`
+    /// where a new one will be made.
     pub volume: Option<VolumeRecord>,
-    /// The id of the volume that the snapshots will land in: that of `volume`, or the new one's.
+    /// The id of the volume that the snapshots will land in: that of `volume`, or the new one's. Another one than that
+    /// of `volume` says that `volume` is unrelated.
     pub lands_in: VolumeId,
     /// That volume's snapshots, snapshot metadata left out ([`strip`]).
     pub lineage: Lineage,
@@ -374,11 +376,9 @@ fn check_description(description: &Description) -> Result<(), String> {
 }
 
 fn check_answer(answer: &Answer) -> Result<(), String> {
-    if let Some(record) = &answer.volume {
-        check_record(record)?;
-        demand(record.id == answer.lands_in, || "it lands in another volume than it names".to_owned())?;
-    } else {
-        demand(answer.lineage.snapshots.is_empty(), || "it has snapshots of no volume".to_owned())?;
+    match &answer.volume {
+        Some(record) => check_record(record)?,
+        None => demand(answer.lineage.snapshots.is_empty(), || "it has snapshots of no volume".to_owned())?,
     }
     check_lineage(&answer.lineage)?;
     check_formats(&answer.formats)?;
