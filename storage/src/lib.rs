@@ -7,7 +7,9 @@
 
 pub mod delta;
 pub mod driver;
+pub mod drivers;
 pub mod error;
 pub mod fault;
 pub mod model;
+pub mod records;
 pub mod tree;

@@ -1,0 +1,195 @@
+//! The directory driver: volumes as plain trees on any POSIX file system, without root.
+//!
+//! # Participants
+//! `pool` knows where things lie and locks them; `catalog` reads the records; `head`, `snapshot`, `split`, `receive` and
+//! `delta` are the verbs; `compare` and `verify` put trees beside inventories; `trash` deletes.
+//! # How a verb is atomic
+//! What is new is made in `staging/` and published by one rename; what goes is renamed into `trash/` first. Opening a pool
+//! clears both. Only `split` needs a journal.
+//! # Non-goals
+//! Locks per volume and names: the node has them.
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+
+mod catalog;
+mod compare;
+mod head;
+mod pool;
+#[path = "pending.rs"]
+mod receive;
+mod snapshot;
+mod split;
+mod trash;
+mod verify;
+
+use self::pool::Pool;
+use super::PoolSpec;
+use crate::{
+    delta::{Compare, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
+    driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
+    error::{Error, ErrorKind, Result},
+    model::{HeadState, Lineage, SnapshotKey, VolumeId, VolumeRecord},
+};
+
+/// The driver's name before the colon of a pool.
+pub const NAME: &str = "directory";
+
+/// Every fault point of this driver (see [`crate::fault`]), for tests that die at each of them.
+pub const FAULT_POINTS: &[&str] = &[
+    "directory.create.before-publish",
+    "directory.create.published",
+    "directory.set-record.before-write",
+    "directory.set-record.written",
+    "directory.destroy.before-trash",
+    "directory.destroy.trashed",
+    "directory.snapshot.before-publish",
+    "directory.snapshot.baseline-placed",
+    "directory.snapshot.published",
+    "directory.forget.before-trash",
+    "directory.forget.trashed",
+    "directory.materialise.before-publish",
+    "directory.materialise.published",
+    "directory.rewind.before-publish",
+    "directory.rewind.trashed",
+    "directory.rewind.published",
+    "directory.clone.before-publish",
+    "directory.clone.published",
+    "directory.split.before-journal",
+    "directory.split.journalled",
+    "directory.split.fork-created",
+    "directory.split.head-moved",
+    "directory.split.snapshot-moved",
+    "directory.split.clones-moved",
+    "directory.split.done",
+    "directory.receive.opened",
+    "directory.receive.checkpoint",
+    "directory.receive.before-publish",
+    "directory.receive.head-trashed",
+    "directory.receive.published",
+    "directory.trash.deleting",
+];
+
+/// An open directory pool.
+pub struct DirectoryDriver {
+    pool: Arc<Pool>,
+}
+
+impl DirectoryDriver {
+    /// Opens a pool; see [`super::open`].
+    pub async fn open(spec: &PoolSpec) -> Result<Self> {
+        let spec = spec.clone();
+        let pool = run("open pool", move || Pool::open(&spec)).await?;
+        Ok(Self { pool })
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&Arc<Pool>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let pool = Arc::clone(&self.pool);
+        run(operation, move || work(&pool)).await
+    }
+}
+
+/// Does blocking work on a thread for it. Dropping the future does not stop the work: each verb runs to its end.
+async fn run<T: Send + 'static>(
+    operation: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::new(operation, "pool", ErrorKind::Io(std::io::Error::other(error)))),
+    }
+}
+
+#[async_trait]
+impl Driver for DirectoryDriver {
+    fn capabilities(&self) -> &Capabilities {
+        self.pool.capabilities()
+    }
+
+    async fn usage(&self) -> Result<Usage> {
+        self.with("measure pool", |pool| pool.usage()).await
+    }
+
+    async fn scan(&self) -> Result<Scan> {
+        self.with("scan pool", |pool| pool.scan()).await
+    }
+
+    async fn create(&self, record: &VolumeRecord) -> Result<()> {
+        let record = record.clone();
+        self.with("create volume", move |pool| pool.create(&record)).await
+    }
+
+    async fn set_record(&self, record: &VolumeRecord) -> Result<()> {
+        let record = record.clone();
+        self.with("write record of", move |pool| pool.set_record(&record)).await
+    }
+
+    async fn destroy(&self, volume: VolumeId) -> Result<()> {
+        self.with("destroy volume", move |pool| pool.destroy(volume)).await
+    }
+
+    async fn snapshot(&self, requests: &[SnapshotRequest]) -> Result<Vec<SnapshotReport>> {
+        let requests = requests.to_vec();
+        self.with("take snapshot of", move |pool| pool.snapshot(&requests)).await
+    }
+
+    async fn forget(&self, snapshot: SnapshotKey) -> Result<()> {
+        self.with("forget snapshot", move |pool| pool.forget(snapshot)).await
+    }
+
+    async fn rewind(&self, snapshot: SnapshotKey) -> Result<()> {
+        self.with("rewind to snapshot", move |pool| pool.rewind(snapshot)).await
+    }
+
+    async fn split(&self, keep: SnapshotKey, fork: &VolumeRecord) -> Result<()> {
+        let fork = fork.clone();
+        self.with("split volume", move |pool| pool.split(keep, &fork)).await
+    }
+
+    async fn clone_from(&self, record: &VolumeRecord) -> Result<()> {
+        let record = record.clone();
+        self.with("clone volume", move |pool| pool.clone_from(&record)).await
+    }
+
+    async fn attach(&self, target: Target, access: Access) -> Result<PathBuf> {
+        self.with("attach", move |pool| pool.attach(target, access)).await
+    }
+
+    async fn detach(&self, target: Target) -> Result<()> {
+        self.pool.detach(target);
+        Ok(())
+    }
+
+    async fn lineage(&self, volume: VolumeId) -> Result<Lineage> {
+        self.with("read lineage of", move |pool| pool.lineage(volume)).await
+    }
+
+    async fn head_state(&self, volume: VolumeId) -> Result<HeadState> {
+        self.with("compare head of", move |pool| pool.head_state(volume)).await
+    }
+
+    async fn verify(&self, snapshot: SnapshotKey, compare: Compare) -> Result<Vec<Finding>> {
+        self.with("verify snapshot", move |pool| pool.verify(snapshot, compare)).await
+    }
+
+    async fn read_delta(&self, _request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {
+        Err(Error::new("read delta of", "snapshot", ErrorKind::Unsupported("not built yet".to_owned())))
+    }
+
+    async fn receive(&self, _request: ReceiveRequest) -> Result<Box<dyn Receiving>> {
+        Err(Error::new("receive snapshot", "stream", ErrorKind::Unsupported("not built yet".to_owned())))
+    }
+
+    async fn partial(&self, _volume: VolumeId) -> Result<Option<Partial>> {
+        Ok(None)
+    }
+
+    async fn discard_partial(&self, _volume: VolumeId) -> Result<()> {
+        Ok(())
+    }
+}

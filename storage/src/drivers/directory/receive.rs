@@ -1,0 +1,377 @@
+//! Taking in a delta: the base's tree is linked into staging, the stream is applied to it, one rename publishes it.
+//!
+//! A receive lies in `staging/receive-<volume>-<snapshot>/`: `snapshot/` becomes the snapshot, `receive.json` says where
+//! it can go on. It has that record from its first checkpoint on; without one it is cleared away at the next open.
+//!
+//! | state | dropped or failed | `suspend` | killed, then opened |
+//! |---|---|---|---|
+//! | before the first checkpoint | cleared away | cleared away | cleared away |
+//! | after a checkpoint | cleared away | kept | kept, as of the checkpoint |
+//! | published | – | – | the rest is cleared away |
+
+use std::{
+    fs, io,
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{
+    catalog::{StoredSnapshot, check_record, lay_out_volume, refuse_blocked},
+    head::logical_bytes,
+    pool::{Pool, Stage, make_dir},
+    run,
+};
+use crate::{
+    delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
+    driver::Target,
+    error::{Blockers, Error, ErrorKind, Result},
+    fault,
+    model::{HeadState, HeldSnapshot, Role, SnapshotKey, VolumeId},
+    records::{self, RecordError},
+    tree::{
+        apply::{Applied, Applier, Sharing},
+        copy::Copier,
+        entry::EntryKind,
+        inventory::{InventoryEntry, InventoryReader, InventoryWriter},
+        root::Root,
+        walk::{Links, Walk},
+    },
+};
+
+const OPERATION: &str = "receive snapshot";
+const RECORD: &str = "receive.json";
+
+/// Tells whether a place in staging is a receive that can go on.
+pub(super) fn is_suspended(path: &Path) -> bool {
+    read_partial(path).is_ok()
+}
+
+fn read_partial(path: &Path) -> std::result::Result<Partial, RecordError> {
+    let partial: Partial = records::read("receive", &path.join(RECORD))?;
+    let name = format!("receive-{}-{}", partial.volume, partial.snapshot.id);
+    if path.file_name().is_none_or(|it| it.to_str() != Some(&name)) || !path.join("snapshot/tree").is_dir() {
+        return Err(RecordError::Damaged("it does not belong here".to_owned()));
+    }
+    Ok(partial)
+}
+
+impl Pool {
+    pub(super) fn partial(&self, volume: VolumeId) -> Result<Option<Partial>> {
+        let failed = |error: io::Error| Error::io("look for a partial receive of", volume, error);
+        let prefix = format!("receive-{volume}-");
+        for entry in fs::read_dir(self.staging_dir()).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if !entry.file_name().to_string_lossy().starts_with(&prefix) {
+                continue;
+            }
+            if let Ok(partial) = read_partial(&entry.path()) {
+                return Ok(Some(partial));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) fn discard_partial(self: &Arc<Self>, volume: VolumeId) -> Result<()> {
+        let _slot = Slot::take(self, volume)?;
+        self.clear_partials(volume)
+    }
+
+    fn clear_partials(&self, volume: VolumeId) -> Result<()> {
+        let failed = |error: io::Error| Error::io("discard a partial receive of", volume, error);
+        let prefix = format!("receive-{volume}-");
+        for entry in fs::read_dir(self.staging_dir()).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                let trashed = self.trash("discard a partial receive of", &entry.path())?;
+                self.delete_trashed(trashed);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn receive(self: &Arc<Self>, request: ReceiveRequest) -> Result<DirectoryReceiving> {
+        let volume = request.volume.id;
+        if request.format != DeltaFormat::tree() {
+            let why = ErrorKind::Unsupported(format!("the delta format {} is not known here", request.format));
+            return Err(Error::new(OPERATION, request.snapshot.id, why));
+        }
+        check_record(OPERATION, &request.volume)?;
+        let slot = Slot::take(self, volume)?;
+        if self.volume_dir(volume).exists() {
+            self.volume(OPERATION, volume)?;
+            if self.snapshot_dir(SnapshotKey { volume, snapshot: request.snapshot.id }).exists() {
+                return Err(Error::new(OPERATION, request.snapshot.id, ErrorKind::AlreadyExists));
+            }
+        }
+        if let Some(base) = request.base {
+            self.stored(OPERATION, base)?;
+            self.refuse_tampered(OPERATION, base)?;
+        }
+        let (stage, taken_before) = match &request.resume {
+            Some(point) => self.stage_again(&request, point)?,
+            None => (self.stage_anew(&request)?, 0),
+        };
+        let progress = Arc::new(Progress::new(taken_before, request.resume.clone()));
+        let base = request.base.map(|base| Root::open(self.tree_dir(base))).transpose()?;
+        // Without a base there is nothing that the staged files could share.
+        let sharing = if base.is_some() { Sharing::HardLinked } else { Sharing::Exclusive };
+        let tree = Root::open(stage.path().join("snapshot/tree"))?;
+        let on_checkpoint = progress.recorder(&request, stage.path());
+        let applier = Applier::new(tree, base, sharing, request.resume.clone(), on_checkpoint)?;
+        fault::point("directory.receive.opened");
+        Ok(DirectoryReceiving {
+            work: Some(Work { applier, stage, request, progress, pool: Arc::clone(self), _slot: slot }),
+        })
+    }
+
+    fn stage_anew(self: &Arc<Self>, request: &ReceiveRequest) -> Result<Stage> {
+        self.clear_partials(request.volume.id)?;
+        let stage = self.stage_at(OPERATION, self.receive_dir(request.volume.id, request.snapshot.id))?;
+        let tree = stage.path().join("snapshot/tree");
+        make_dir(&stage.path().join("snapshot"))
+            .and_then(|()| make_dir(&tree))
+            .map_err(|error| Error::io(OPERATION, tree.display(), error))?;
+        if let Some(base) = request.base {
+            self.link_tree(base, &tree)?;
+        }
+        Ok(stage)
+    }
+
+    fn stage_again(self: &Arc<Self>, request: &ReceiveRequest, point: &ResumePoint) -> Result<(Stage, u64)> {
+        let stale = |why: &str| Error::new(OPERATION, request.snapshot.id, ErrorKind::ResumeStale(why.to_owned()));
+        let path = self.receive_dir(request.volume.id, request.snapshot.id);
+        let partial = read_partial(&path).map_err(|_| stale("nothing was kept of this receive"))?;
+        if partial.snapshot != request.snapshot || partial.base != request.base || partial.format != request.format {
+            return Err(stale("what was kept is of another step"));
+        }
+        if partial.point != *point {
+            return Err(stale("what was kept ends elsewhere"));
+        }
+        Ok((self.stage_found(path), partial.received_bytes))
+    }
+
+    /// Makes a tree whose files are those of a snapshot, by hard links.
+    fn link_tree(&self, from: SnapshotKey, to: &Path) -> Result<()> {
+        let source = Root::open(self.tree_dir(from))?;
+        let links = Links::Inventory(Box::new(InventoryReader::open(&self.inventory_path(from))?));
+        let mut copier = Copier::new(Root::open(to)?);
+        for entry in Walk::new(source.try_clone()?, links) {
+            let entry = entry?;
+            let linkable = !matches!(entry.kind, EntryKind::Directory | EntryKind::HardLink { .. });
+            if linkable {
+                copier.link(&source, &entry)?;
+            } else {
+                copier.copy(&source, &entry)?;
+            }
+        }
+        copier.finish()?;
+        Ok(())
+    }
+}
+
+/// The right to the one open receive of a volume.
+struct Slot {
+    pool: Arc<Pool>,
+    volume: VolumeId,
+}
+
+impl Slot {
+    fn take(pool: &Arc<Pool>, volume: VolumeId) -> Result<Self> {
+        if !pool.receiving().insert(volume) {
+            let why = ErrorKind::Unsupported("another receive for this volume is open".to_owned());
+            return Err(Error::new(OPERATION, volume, why));
+        }
+        Ok(Self { pool: Arc::clone(pool), volume })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.pool.receiving().remove(&self.volume);
+    }
+}
+
+/// How far a receive is, shared with the checkpoints.
+struct Progress {
+    received_bytes: AtomicU64,
+    kept: Mutex<Option<ResumePoint>>,
+    failure: Mutex<Option<Error>>,
+}
+
+impl Progress {
+    fn new(received_bytes: u64, kept: Option<ResumePoint>) -> Self {
+        Self { received_bytes: received_bytes.into(), kept: Mutex::new(kept), failure: Mutex::default() }
+    }
+
+    /// Returns what keeps each checkpoint durably; the applier has synced the tree before.
+    fn recorder(self: &Arc<Self>, request: &ReceiveRequest, dir: &Path) -> Box<dyn FnMut(ResumePoint) + Send> {
+        let (progress, dir) = (Arc::clone(self), dir.to_owned());
+        let (volume, snapshot, base, format) =
+            (request.volume.id, request.snapshot.clone(), request.base, request.format.clone());
+        Box::new(move |point| {
+            let received_bytes = progress.received_bytes.load(Ordering::Relaxed);
+            let (snapshot, format) = (snapshot.clone(), format.clone());
+            let partial = Partial { volume, snapshot, base, format, point: point.clone(), received_bytes };
+            match records::write("receive", &dir, RECORD, &partial) {
+                Ok(()) => *progress.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(point),
+                Err(error) => {
+                    let error = Error::io("keep the checkpoint of", volume, error);
+                    *progress.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                }
+            }
+            fault::point("directory.receive.checkpoint");
+        })
+    }
+
+    fn failure(&self) -> Result<()> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+}
+
+/// An open receive. The work moves into the blocking thread that does it, so that a dropped future leaves it whole there:
+/// it ends by itself and clears its place away.
+pub(super) struct DirectoryReceiving {
+    work: Option<Work>,
+}
+
+/// The order of the fields is the order in which they go: first the files are closed, last the volume is free.
+struct Work {
+    applier: Applier,
+    stage: Stage,
+    request: ReceiveRequest,
+    progress: Arc<Progress>,
+    pool: Arc<Pool>,
+    _slot: Slot,
+}
+
+#[async_trait]
+impl Receiving for DirectoryReceiving {
+    async fn write(&mut self, chunk: Bytes) -> Result<()> {
+        let Some(mut work) = self.work.take() else {
+            let why = ErrorKind::Corrupt("the receive failed before".to_owned());
+            return Err(Error::new(OPERATION, "stream", why));
+        };
+        let work = run(OPERATION, move || {
+            work.progress.received_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+            work.applier.feed(&chunk)?;
+            work.progress.failure()?;
+            Ok(work)
+        })
+        .await?;
+        self.work = Some(work);
+        Ok(())
+    }
+
+    async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
+        let Some(work) = self.work.take() else {
+            let why = ErrorKind::Corrupt("the receive failed before".to_owned());
+            return Err(Error::new(OPERATION, "stream", why));
+        };
+        run(OPERATION, move || work.commit()).await
+    }
+
+    async fn suspend(mut self: Box<Self>) -> Result<Option<ResumePoint>> {
+        let Some(work) = self.work.take() else { return Ok(None) };
+        run(OPERATION, move || {
+            let Work { applier, stage, progress, .. } = work;
+            drop(applier);
+            let kept = progress.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match kept {
+                Some(point) if is_suspended(stage.path()) => {
+                    stage.keep();
+                    Ok(Some(point))
+                }
+                _ => Ok(None),
+            }
+        })
+        .await
+    }
+}
+
+impl Work {
+    fn commit(self) -> Result<HeldSnapshot> {
+        let Self { applier, stage, request, progress, pool, _slot } = self;
+        let volume = request.volume.id;
+        let key = SnapshotKey { volume, snapshot: request.snapshot.id };
+        let failed = |error: io::Error| Error::io(OPERATION, request.snapshot.id, error);
+        let Applied { summary, .. } = applier.finish()?;
+        progress.failure()?;
+        let dir = stage.path().join("snapshot");
+        let logical_bytes = write_inventory(&dir)?;
+        let extends = pool.volume_dir(volume).exists();
+        let parent = request.snapshot.parents.first().copied();
+        let stored = StoredSnapshot {
+            sequence: if extends { pool.next_sequence(OPERATION, volume)? } else { 1 },
+            unchanged: summary.changes == 0
+                && request.base.is_some()
+                && request.base.map(|base| base.snapshot) == parent,
+            logical_bytes,
+            snapshot: request.snapshot.clone(),
+        };
+        stored.write(&dir).map_err(failed)?;
+        if extends {
+            let head = pool.head_to_replace(volume)?;
+            pool.sync(OPERATION)?;
+            fault::point("directory.receive.before-publish");
+            let publishing = pool.publishing();
+            // Head first: a replica without a head is as its newest snapshot, whichever that is.
+            let trashed = head.then(|| pool.trash(OPERATION, &pool.head_dir(volume))).transpose()?;
+            fault::point("directory.receive.head-trashed");
+            stage.publish(OPERATION, "snapshot", &pool.snapshot_dir(key))?;
+            drop(publishing);
+            fault::point("directory.receive.published");
+            if let Some(trashed) = trashed {
+                pool.delete_trashed(trashed);
+            }
+        } else {
+            let new = stage.path().join("volume");
+            lay_out_volume(&new, &request.volume).map_err(failed)?;
+            fs::rename(&dir, new.join("snapshots").join(request.snapshot.id.to_string())).map_err(failed)?;
+            pool.sync(OPERATION)?;
+            fault::point("directory.receive.before-publish");
+            let _publishing = pool.publishing();
+            stage.publish(OPERATION, "volume", &pool.volume_dir(volume))?;
+            fault::point("directory.receive.published");
+        }
+        Ok(stored.held(volume))
+    }
+}
+
+impl Pool {
+    /// Tells whether the volume's head makes way for a received snapshot: a replica's does, when nobody changed it.
+    fn head_to_replace(&self, volume: VolumeId) -> Result<bool> {
+        let record = self.volume(OPERATION, volume)?;
+        if record.role == Role::Primary || !self.head_dir(volume).exists() {
+            return Ok(false);
+        }
+        let in_use = self.attached().get(&Target::Head(volume)).is_some_and(|attachment| attachment.serves.is_none());
+        refuse_blocked(OPERATION, volume, Blockers { attached: in_use, ..Blockers::default() })?;
+        match self.head_state(volume)? {
+            HeadState::Clean => Ok(true),
+            HeadState::Dirty => {
+                let why = "the replica's head has changes that no snapshot holds; take a snapshot of it first";
+                Err(Error::new(OPERATION, volume, ErrorKind::Unsupported(why.to_owned())))
+            }
+        }
+    }
+}
+
+/// Writes the inventory of a received tree. Files of one tree share an inode only within their group, so the inodes tell
+/// the groups, however many other snapshots link to them.
+fn write_inventory(dir: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    let mut writer = InventoryWriter::create(&dir.join("inventory"))?;
+    for entry in Walk::new(Root::open(dir.join("tree"))?, Links::ByInode) {
+        let entry = entry?;
+        bytes += logical_bytes(&entry.kind);
+        writer.add(InventoryEntry { entry, origin: None, digest: None })?;
+    }
+    writer.finish()?;
+    Ok(bytes)
+}

@@ -1,0 +1,139 @@
+//! Noticing that somebody changed a snapshot behind the node's back: its tree against its inventory.
+
+use std::{fs::File, io::Read};
+
+use rustix::fs::OFlags;
+
+use super::{
+    compare::{Joined, Pair},
+    pool::Pool,
+};
+use crate::{
+    delta::Compare,
+    driver::Finding,
+    error::{Error, ErrorKind, Result},
+    model::SnapshotKey,
+    tree::{
+        entry::{Entry, EntryKind},
+        inventory::{InventoryEntry, InventoryReader},
+        root::Root,
+        walk::{Links, Walk},
+    },
+};
+
+/// How many findings one verify returns at most, so that a tree that was replaced does not fill the memory.
+const FINDINGS_LIMIT: usize = 1000;
+
+impl Pool {
+    /// Lists how a snapshot differs from its inventory.
+    pub(super) fn verify(&self, key: SnapshotKey, compare: Compare) -> Result<Vec<Finding>> {
+        self.stored("verify snapshot", key)?;
+        let mut findings = Vec::new();
+        self.differences(key, compare, |finding| {
+            findings.push(finding);
+            findings.len() < FINDINGS_LIMIT
+        })?;
+        Ok(findings)
+    }
+
+    /// Fails on the first difference in metadata.
+    pub(super) fn refuse_tampered(&self, operation: &'static str, key: SnapshotKey) -> Result<()> {
+        let mut first = None;
+        self.differences(key, Compare::Metadata, |finding| {
+            first = Some(finding);
+            false
+        })?;
+        match first {
+            None => Ok(()),
+            Some(Finding { path, what }) => {
+                Err(Error::new(operation, key.snapshot, ErrorKind::Tampered { path: path.into(), what }))
+            }
+        }
+    }
+
+    fn differences(&self, key: SnapshotKey, compare: Compare, mut report: impl FnMut(Finding) -> bool) -> Result<()> {
+        let inventory = self.inventory_path(key);
+        let links = Links::Inventory(Box::new(InventoryReader::open(&inventory)?));
+        let walk = Walk::new(Root::open(self.tree_dir(key))?, links);
+        let mut joined = Joined::new(walk, Some(InventoryReader::open(&inventory)?));
+        while let Some(pair) = joined.next()? {
+            let (path, what) = match pair {
+                Pair::New(entry) => (entry.path, Some("it was added".to_owned())),
+                Pair::Gone(record) => (record.entry.path, Some("it is missing".to_owned())),
+                Pair::Both(entry, record) => {
+                    let what = match differs(&entry, &record.entry) {
+                        None if compare == Compare::Contents => reread(&mut joined, &entry, &record)?,
+                        what => what,
+                    };
+                    (entry.path, what)
+                }
+            };
+            if let Some(what) = what
+                && !report(Finding { path: path.to_string(), what })
+            {
+                break;
+            }
+        }
+        let sockets = joined.walk().take_findings();
+        for finding in sockets {
+            if !report(Finding { what: "it was added".to_owned(), ..finding }) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Says what differs, of all that a link into a further snapshot leaves alone (which the ctime and the links are not).
+fn differs(entry: &Entry, record: &Entry) -> Option<String> {
+    let of = |what: &str| Some(format!("its {what} changed"));
+    match (&entry.kind, &record.kind) {
+        (EntryKind::File { size: now }, EntryKind::File { size: then }) if now != then => {
+            return Some(format!("its size changed from {then} to {now} bytes"));
+        }
+        (now, then) if now.word() != then.word() => {
+            return Some(format!("it changed from a {} to a {}", then.word(), now.word()));
+        }
+        (EntryKind::Symlink { target: now }, EntryKind::Symlink { target: then }) if now != then => {
+            return of("target");
+        }
+        (now, then) if now != then => return of("kind"),
+        _ => {}
+    }
+    if entry.mode != record.mode {
+        return Some(format!("its mode changed from {:04o} to {:04o}", record.mode, entry.mode));
+    }
+    if (entry.uid, entry.gid) != (record.uid, record.gid) {
+        return of("owner");
+    }
+    if entry.mtime != record.mtime {
+        return of("modification time");
+    }
+    if entry.xattrs != record.xattrs {
+        return of("extended attributes");
+    }
+    if entry.stat.ino != record.stat.ino {
+        return Some("it was replaced by another inode".to_owned());
+    }
+    None
+}
+
+/// Reads a file whose digest is known.
+fn reread(joined: &mut Joined, entry: &Entry, record: &InventoryEntry) -> Result<Option<String>> {
+    let (EntryKind::File { .. }, Some(known)) = (&entry.kind, record.digest) else { return Ok(None) };
+    let file = File::from(joined.walk().open_last(OFlags::RDONLY | OFlags::NONBLOCK)?);
+    let digest = digest(file).map_err(|error| Error::io("read", entry.path.to_string(), error))?;
+    Ok((digest != known).then(|| "its contents changed".to_owned()))
+}
+
+/// Returns the BLAKE3 hash of a file.
+fn digest(mut file: File) -> std::io::Result<[u8; 32]> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 128 * 1024];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(*hasher.finalize().as_bytes()),
+            length => hasher.update(&buffer[..length]),
+        };
+    }
+}
