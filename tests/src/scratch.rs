@@ -42,7 +42,12 @@ impl FileSystem {
 impl Scratch {
     /// Makes the folder, mode 0711 so that other users of the tests pass through it.
     pub fn new() -> Self {
-        let folder = tempfile::Builder::new().prefix("flk").tempdir().expect("make a scratch folder");
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// Makes the folder below another one than the temporary folder.
+    pub fn below(parent: &Path) -> Self {
+        let folder = tempfile::Builder::new().prefix("flk").tempdir_in(parent).expect("make a scratch folder");
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o711)).expect("open the scratch folder");
         Self { folder: Some(folder) }
     }

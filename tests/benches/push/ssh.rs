@@ -1,0 +1,61 @@
+//! An ssh server of the benchmark's own, on loopback, with keys made for it.
+
+use std::{
+    fs,
+    net::TcpStream,
+    process::{Child, Command, Stdio},
+};
+
+use flocker_tests::{SHORT, Scratch, needs::program, node::free_address, scratch::run, wait_until};
+
+/// A running server. Killed when dropped.
+pub(crate) struct Ssh {
+    server: Child,
+    options: String,
+}
+
+impl Ssh {
+    pub(crate) fn start(scratch: &Scratch) -> Self {
+        let folder = scratch.folder("ssh");
+        for key in ["host-key", "key"] {
+            run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(folder.join(key)));
+        }
+        fs::copy(folder.join("key.pub"), folder.join("authorized")).unwrap();
+        let address = free_address();
+        let config = format!(
+            "ListenAddress {address}\nHostKey {0}/host-key\nAuthorizedKeysFile {0}/authorized\nPidFile none\n\
+             StrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n",
+            folder.display()
+        );
+        fs::write(folder.join("config"), config).unwrap();
+        // Where sshd confines its unprivileged half (sshd(8)).
+        let _ = fs::create_dir_all("/run/sshd");
+        let server = Command::new(program("sshd").unwrap())
+            .args(["-D", "-e", "-f"])
+            .arg(folder.join("config"))
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(folder.join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let options = format!(
+            "ssh -q -p {} -i {}/key -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+             -o HostName=127.0.0.1",
+            address.port(),
+            folder.display()
+        );
+        wait_until("sshd listens", SHORT, || TcpStream::connect(address).ok());
+        Self { server, options }
+    }
+
+    /// Returns the words that start the client.
+    pub(crate) fn command_line(&self, host: &str) -> String {
+        format!("{} {host}", self.options).trim_end().to_owned()
+    }
+}
+
+impl Drop for Ssh {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
