@@ -1,0 +1,184 @@
+//! The byte pipeline: one delta over one bidirectional stream, and over as many connections as it takes.
+//!
+//! ## Participants
+//! The *sender* ([`Outgoing`]) numbers frames and keeps those that were not acknowledged; the *receiver* ([`Incoming`])
+//! acknowledges what its sink has consumed. Both survive the loss of a link: [`run`](Outgoing::run) again with a new one.
+//!
+//! ## Goals
+//! Disk, CPU and network work at the same time; memory is bounded whatever the other side does; the receiver says yes only to
+//! exactly the bytes that were sent (length and BLAKE3 of the whole); a dead peer is noticed in bounded time while a slow one
+//! is waited for.
+//!
+//! ## Non-goals
+//! Surviving a restart of either process (the driver's resume point does), and knowing what the bytes are.
+//!
+//! Neighbours: [`frame`] is the layout, [`compression`] the choice of the level.
+
+mod compression;
+mod frame;
+mod incoming;
+mod outgoing;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+
+pub use self::{
+    incoming::{Incoming, IncomingLimits},
+    outgoing::{Outgoing, OutgoingLimits},
+};
+use crate::{
+    close::CloseCode,
+    error::{Error, ErrorKind},
+};
+
+/// An error of the caller's source or sink, handed back as it came.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Where the sender's bytes come from.
+#[async_trait]
+pub trait ChunkSource: Send {
+    /// The next bytes, of any length but best at most 256 KiB; nothing at the end. Awaited to its end even when the link is lost
+    /// meanwhile. Blocking work belongs on other threads.
+    async fn next(&mut self) -> Result<Option<Bytes>, BoxError>;
+}
+
+/// Where the receiver's bytes go.
+#[async_trait]
+pub trait ChunkSink: Send {
+    /// Takes the next bytes; they count as consumed, and are never sent again, once it returns. Awaited to its end even when the link
+    /// is lost meanwhile.
+    async fn write(&mut self, bytes: Bytes) -> Result<(), BoxError>;
+}
+
+/// How far a transfer is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of the delta that the receiver has consumed.
+    pub raw_bytes: u64,
+    /// What they took on the wire, with frame headers, without QUIC's own.
+    pub wire_bytes: u64,
+}
+
+/// A delta that was sent, consumed and acknowledged to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// Its length.
+    pub raw_bytes: u64,
+    /// What it took on the wire, resent frames included.
+    pub wire_bytes: u64,
+    /// BLAKE3 of all of it.
+    pub digest: [u8; 32],
+}
+
+/// A delta that was received and consumed to its end, equal in length and digest to what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Received {
+    /// Its length.
+    pub raw_bytes: u64,
+    /// What it took on the wire.
+    pub wire_bytes: u64,
+    /// BLAKE3 of all of it.
+    pub digest: [u8; 32],
+}
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BulkError {
+    /// The link was lost or silent. All state is kept: run again with a new link.
+    #[error("the transfer was interrupted")]
+    Interrupted(#[source] Error),
+    /// The source failed. The transfer is over.
+    #[error("the data could not be read")]
+    Source(#[source] BoxError),
+    /// The sink failed. The transfer is over, and the sender was told.
+    #[error("the data could not be written")]
+    Sink(#[source] BoxError),
+    /// The receiver gave up; the exchange carries its reason. The transfer is over.
+    #[error("the receiver gave up: {0}")]
+    Stopped(StopReason),
+    /// The peer broke the protocol, or the digest differs. The transfer is over; the other side was told.
+    #[error("the data is corrupt: {0}")]
+    Corrupt(String),
+}
+
+/// Why a receiver gave up. The numbers are the wire format: append only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// Its sink failed.
+    #[error("it could not write the data")]
+    Sink,
+    /// What it got was malformed, or has another digest.
+    #[error("the data did not arrive as it was sent")]
+    Corrupt,
+    /// A number that this version does not know.
+    #[error("reason {0}")]
+    Other(u64),
+}
+
+impl StopReason {
+    fn number(self) -> u64 {
+        match self {
+            Self::Sink => 1,
+            Self::Corrupt => 2,
+            Self::Other(number) => number,
+        }
+    }
+
+    fn from_number(number: u64) -> Self {
+        match number {
+            1 => Self::Sink,
+            2 => Self::Corrupt,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// One bidirectional stream: frames one way, acknowledgements the other. A run uses it up.
+#[derive(Debug)]
+pub struct BulkStream {
+    connection: quinn::Connection,
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+}
+
+impl BulkStream {
+    pub(crate) fn new(connection: quinn::Connection, send: quinn::SendStream, recv: quinn::RecvStream) -> Self {
+        Self { connection, send, recv }
+    }
+}
+
+/// Reads exact pieces off a stream. Cancel-safe: what has arrived is kept.
+struct Reader {
+    recv: quinn::RecvStream,
+    arrived: BytesMut,
+}
+
+/// How much is taken from the stream at once.
+const READ_CHUNK: usize = 256 * 1024;
+
+impl Reader {
+    fn new(recv: quinn::RecvStream) -> Self {
+        Self { recv, arrived: BytesMut::new() }
+    }
+
+    /// The next `length` bytes; allocates as they arrive, and waits at most `no_progress` for each piece.
+    async fn take(&mut self, length: usize, no_progress: Duration) -> Result<Bytes, ErrorKind> {
+        while self.arrived.len() < length {
+            match tokio::time::timeout(no_progress, self.recv.read_chunk(READ_CHUNK, true)).await {
+                Ok(Ok(Some(chunk))) => self.arrived.extend_from_slice(&chunk.bytes),
+                Ok(Ok(None)) => return Err(ErrorKind::StreamEnded),
+                Ok(Err(error)) => return Err(ErrorKind::from_read(error)),
+                Err(_) => return Err(ErrorKind::TimedOut(no_progress)),
+            }
+        }
+        Ok(self.arrived.split_to(length).freeze())
+    }
+
+    fn stop(&mut self, code: CloseCode) {
+        let _ = self.recv.stop(code.varint());
+    }
+}
