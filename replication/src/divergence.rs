@@ -17,8 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use flocker_storage::model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, VolumeId, VolumeRecord};
 
-pub use crate::plan::UnrelatedReason;
 use crate::message::Answer;
+pub use crate::plan::UnrelatedReason;
 
 /// The receiver's side of a comparison.
 #[derive(Debug, Clone, Copy)]
@@ -165,10 +165,9 @@ fn into_new_volume(ours: &History<'_>, incoming: &Ancestry, want_at: usize, else
 
 /// Tells whether one of the receiver's snapshots descends from the wanted one, by either side's knowledge.
 fn follows(newest: &HeldSnapshot, want: SnapshotId, ours: &History<'_>, theirs: &History<'_>) -> bool {
-    [theirs, ours].iter().any(|side| {
-        let at = side.at.get(&newest.snapshot.id);
-        at.is_some_and(|&at| at < side.list.len() && side.ancestry(at).contains(want))
-    })
+    [theirs, ours]
+        .iter()
+        .any(|side| side.at.get(&newest.snapshot.id).is_some_and(|&at| side.ancestry(at).contains(want)))
 }
 
 /// A lineage with an index.

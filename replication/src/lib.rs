@@ -10,7 +10,9 @@
 
 pub mod binding;
 pub mod divergence;
+pub mod inbound;
 pub mod message;
 pub mod negotiate;
 pub mod plan;
 pub mod problem;
+pub mod refusal;

@@ -1,13 +1,22 @@
 //! What a comparison leads to: the steps to run, or a refusal with its evidence.
+//!
+//! Owns [`Outcome`], which crosses the wire and is the API's JSON. Refuses to know how histories are compared
+//! ([`crate::divergence`]), how a refusal reads ([`crate::refusal`]) and how steps are run (node).
 
 use flocker_storage::{
     delta::DeltaFormat,
-    model::{HeadState, HeldSnapshot, Host, NodeName, SnapshotId, SnapshotKey, SnapshotName, VolumeId, VolumeName},
+    model::{
+        HeadState, HeldSnapshot, Host, Lineage, NodeName, SnapshotId, SnapshotKey, SnapshotName, VolumeId, VolumeName,
+    },
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::message::demand;
+use crate::{
+    divergence::Relation,
+    message::{Answer, LINEAGE_LIMIT, demand},
+    negotiate::{NoCommonFormat, negotiate},
+};
 
 /// The most snapshots that a [`Points`] lists.
 pub const POINTS_LIMIT: usize = 100;
@@ -64,7 +73,7 @@ pub struct Outcome {
     pub direction: Direction,
     /// The volume's name on the sender.
     pub volume: VolumeName,
-    /// The name wanted on the receiver.
+    /// The name on the receiver: that of the volume there, or the one wanted for a new volume.
     pub name: VolumeName,
     /// Who sends.
     pub sender: Host,
@@ -102,6 +111,8 @@ pub enum Verdict {
         only_sender: Points,
         /// What only the receiver has since then, oldest first.
         only_receiver: Points,
+        /// The receiver's name of `common`.
+        receiver_name: SnapshotName,
         /// Whether the receiver's head has changes on top.
         head: HeadState,
     },
@@ -129,6 +140,92 @@ pub enum UnrelatedReason {
     OtherVolumeId,
     /// 1: it is the same volume, and no snapshot is on both sides any more.
     NoCommonSnapshot,
+}
+
+/// Who exchanges what with whom: the parts of an [`Outcome`] that no comparison gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parties {
+    /// Push or pull.
+    pub direction: Direction,
+    /// The volume's name on the sender.
+    pub volume: VolumeName,
+    /// The name wanted on the receiver.
+    pub name: VolumeName,
+    /// Who sends.
+    pub sender: Host,
+    /// Who receives.
+    pub receiver: Host,
+}
+
+/// Turns a relation into steps or a refusal. `lineage` is the sender's, which `want` and the relation are of.
+///
+/// Fails where a step is due and the two drivers share no format.
+///
+/// # Panics
+/// Where `want` is not in `lineage`: [`compare`](crate::divergence::compare) gave no relation for such a one.
+pub fn plan(
+    lineage: &Lineage,
+    want: SnapshotId,
+    relation: Relation,
+    parties: &Parties,
+    formats: &[DeltaFormat],
+    answer: &Answer,
+) -> Result<Plan, NoCommonFormat> {
+    let outcome = outcome(lineage, want, &relation, parties, answer);
+    match relation {
+        Relation::UpToDate => Ok(Plan::UpToDate(outcome)),
+        Relation::FastForward { base, missing } => {
+            let format = negotiate(formats, &answer.formats)?;
+            let base = base.map(|base| StepBase { on_sender: base.snapshot.key(), on_receiver: base.on_receiver });
+            Ok(Plan::FastForward(outcome, steps(missing, base, answer.lands_in, &format)))
+        }
+        _ => Ok(Plan::Refuse(Refusal(outcome))),
+    }
+}
+
+/// One step for each missing snapshot, each on the one before.
+fn steps(missing: Vec<HeldSnapshot>, base: Option<StepBase>, lands_in: VolumeId, format: &DeltaFormat) -> Vec<Step> {
+    let mut base = base;
+    let step = |snapshot: HeldSnapshot| {
+        let landed = SnapshotKey { volume: lands_in, snapshot: snapshot.snapshot.id };
+        let next_base = StepBase { on_sender: snapshot.key(), on_receiver: landed };
+        Step { base: base.replace(next_base), snapshot, format: format.clone() }
+    };
+    missing.into_iter().map(step).collect()
+}
+
+fn outcome(lineage: &Lineage, want: SnapshotId, relation: &Relation, parties: &Parties, answer: &Answer) -> Outcome {
+    let name_of = |id: SnapshotId| lineage.find(id).map(Point::from);
+    let verdict = match relation {
+        Relation::UpToDate => Verdict::UpToDate,
+        Relation::FastForward { base, missing } => Verdict::FastForward {
+            base: base.as_ref().map(|base| Point::from(&base.snapshot)),
+            missing: Points::new(missing),
+        },
+        Relation::Behind { newer } => Verdict::Behind { newer: Points::new(newer) },
+        Relation::Diverged { common, only_sender, only_receiver } => Verdict::Diverged {
+            common: name_of(common.snapshot.id).unwrap_or_else(|| Point::from(common)),
+            only_sender: Points::new(only_sender),
+            only_receiver: Points::new(only_receiver),
+            receiver_name: common.snapshot.name.clone(),
+            head: answer.head,
+        },
+        Relation::Unrelated { reason, receiver_volume, receiver_tip } => Verdict::Unrelated {
+            reason: *reason,
+            receiver_volume: *receiver_volume,
+            receiver_tip: receiver_tip.as_ref().map(Point::from),
+        },
+        Relation::Dirty { tip } => Verdict::Dirty { tip: tip.as_ref().map(Point::from) },
+    };
+    Outcome {
+        direction: parties.direction,
+        volume: parties.volume.clone(),
+        name: answer.volume.as_ref().map_or_else(|| parties.name.clone(), |record| record.name.clone()),
+        sender: parties.sender.clone(),
+        receiver: parties.receiver.clone(),
+        want: name_of(want).expect("a relation exists only for a snapshot of the lineage"),
+        verdict,
+    }
 }
 
 /// One snapshot, for people.
@@ -191,9 +288,7 @@ impl Outcome {
         };
         let holds = |points: &&Points| {
             let listed = points.listed.len();
-            listed <= POINTS_LIMIT
-                && points.total >= listed as u64
-                && points.total <= crate::message::LINEAGE_LIMIT as u64
+            listed <= POINTS_LIMIT && points.total >= listed as u64 && points.total <= LINEAGE_LIMIT as u64
         };
         demand(lists.iter().all(holds), || format!("it lists more than {POINTS_LIMIT} snapshots, or counts wrongly"))
     }

@@ -111,6 +111,68 @@ impl Problem {
         )
     }
 
+    /// Returns an operator's sentence: what is wrong, in the words of the node that raised it. Control characters of
+    /// the facts are escaped, since they come from a peer.
+    pub fn describe(&self) -> String {
+        let fact = |key: &str| self.fact(key).map(|value| value.escape_debug().to_string());
+        let known = |key: &str, before: &str| fact(key).map(|value| format!("{before}{value}")).unwrap_or_default();
+        let volume = || fact("volume").map_or_else(|| "the volume".to_owned(), |name| format!("volume {name}"));
+        let snapshot = || fact("snapshot").map_or_else(|| "the snapshot".to_owned(), |name| format!("snapshot {name}"));
+        match self.code {
+            ProblemCode::NotPermitted => {
+                format!(
+                    "this node has no right to {} {}",
+                    fact("verb").unwrap_or_else(|| "do that with".to_owned()),
+                    volume()
+                )
+            }
+            ProblemCode::UnknownVolume => format!("there is no {}", volume().trim_start_matches("the ")),
+            ProblemCode::UnknownSnapshot => format!("{} has no such snapshot{}", volume(), known("snapshot", ": ")),
+            ProblemCode::NameTaken => format!("the name of {} belongs to another volume", volume()),
+            ProblemCode::Busy => format!("another transfer of {} is running{}", volume(), known("transfer", ": ")),
+            ProblemCode::InUse => format!("{} is mounted{}", volume(), known("path", " at ")),
+            ProblemCode::NoSpace => {
+                format!("no space left for {}{}", volume(), known("available_bytes", "; bytes available: "))
+            }
+            ProblemCode::StepMismatch => {
+                format!("{} does not fit what the node holds{}", snapshot(), known("rule", ": "))
+            }
+            ProblemCode::DigestMismatch => format!("the bytes of {} arrived damaged", snapshot()),
+            ProblemCode::UnknownFormat => format!("the node does not know the delta format{}", known("format", " ")),
+            ProblemCode::Tampered => {
+                format!("{} was changed after it was taken{}{}", snapshot(), known("path", ": "), known("what", ": "))
+            }
+            ProblemCode::ResumeStale => format!("{} cannot be resumed and starts from its beginning", snapshot()),
+            ProblemCode::VersionMismatch => {
+                format!(
+                    "the nodes speak different revisions of the protocol{}{}",
+                    known("ours", ": it speaks "),
+                    known("theirs", ", asked for ")
+                )
+            }
+            ProblemCode::PermissionDenied => {
+                format!("the node's user may not do this on its pool{}", known("object", ": "))
+            }
+            ProblemCode::ShuttingDown => "the node is shutting down".to_owned(),
+            ProblemCode::Internal => format!("the node failed{}; its log says why", known("operation", " to ")),
+            ProblemCode::ProtocolViolation => {
+                format!("the other side broke the protocol{}{}", known("message", " with "), known("rule", ": "))
+            }
+            ProblemCode::Malformed => format!("the delta of {} is malformed{}", snapshot(), known("what", ": ")),
+            ProblemCode::PolicyUnsupported => {
+                format!("the node does not know how to treat a divergence{}", known("policy", " by "))
+            }
+            ProblemCode::LimitExceeded => {
+                format!("too much at once{}{}", known("what", ": "), known("limit", ", at most "))
+            }
+            ProblemCode::Cancelled => "the transfer was cancelled".to_owned(),
+            ProblemCode::TimedOut => format!("there was no progress{}", known("waited_ms", " for milliseconds: ")),
+            ProblemCode::Reserved22 | ProblemCode::Reserved23 | ProblemCode::Reserved24 | ProblemCode::Reserved25 => {
+                "a problem that this version does not know".to_owned()
+            }
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<(), String> {
         demand(self.facts.len() <= FACTS_LIMIT, || format!("it has more than {FACTS_LIMIT} facts"))?;
         let fits = |(key, value): (&String, &String)| key.len() <= FACT_KEY_LIMIT && value.len() <= FACT_VALUE_LIMIT;
