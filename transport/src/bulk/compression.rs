@@ -1,1 +1,190 @@
+//! Whether and how hard frames are compressed.
+//!
+//! [`Pacer`] decides, as a pure function of what was measured: where the network (or the receiver) is the bottleneck the
+//! level rises, where the processors are it falls, and data that does not shrink is stored, with a probe now and then.
+//! [`Compressors`] and [`decompress`] do the work, on threads of their callers.
 
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use zstd::bulk::{Compressor, Decompressor};
+
+use super::BoxError;
+
+/// Below zstd's levels that need more than a few MiB a context; above it little is gained on 256 KiB frames.
+const MAX_LEVEL: i32 = 6;
+const MIN_LEVEL: i32 = 1;
+const START_LEVEL: i32 = 2;
+/// The level is looked at again after so many frames (4 MiB).
+const EPOCH_FRAMES: u32 = 16;
+/// So many frames in a row that do not shrink turn compression off.
+const MISSES: u32 = 4;
+/// After how many stored frames a probe is made: the pause doubles from the first to the second.
+const PAUSE_FRAMES: (u32, u32) = (32, 512);
+
+/// What the next frame should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Choice {
+    Store,
+    Compress { level: i32 },
+}
+
+/// Chooses the level of each frame.
+#[derive(Debug)]
+pub(super) struct Pacer {
+    level: i32,
+    misses: u32,
+    store_left: u32,
+    pause: u32,
+    epoch_frames: u32,
+    window_wait: Duration,
+    encode_wait: Duration,
+}
+
+impl Pacer {
+    pub(super) fn new() -> Self {
+        Self {
+            level: START_LEVEL,
+            misses: 0,
+            store_left: 0,
+            pause: PAUSE_FRAMES.0,
+            epoch_frames: 0,
+            window_wait: Duration::ZERO,
+            encode_wait: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn choose(&mut self) -> Choice {
+        if self.store_left > 0 {
+            self.store_left -= 1;
+            return Choice::Store;
+        }
+        Choice::Compress { level: if self.misses > 0 { MIN_LEVEL } else { self.level } }
+    }
+
+    /// A frame that was to be compressed did, or did not, shrink.
+    pub(super) fn observe(&mut self, shrank: bool) {
+        if shrank {
+            self.misses = 0;
+            self.pause = PAUSE_FRAMES.0;
+            return;
+        }
+        self.misses += 1;
+        if self.misses >= MISSES && self.store_left == 0 {
+            // One probe is enough from now on.
+            self.misses = MISSES;
+            self.store_left = self.pause;
+            self.pause = (self.pause * 2).min(PAUSE_FRAMES.1);
+        }
+    }
+
+    /// The source had to wait for room in the window: the network or the receiver is slow.
+    pub(super) fn waited_for_window(&mut self, wait: Duration) {
+        self.window_wait += wait;
+    }
+
+    /// The network had to wait for a frame to be compressed: the processors are slow.
+    pub(super) fn waited_for_encoder(&mut self, wait: Duration) {
+        self.encode_wait += wait;
+    }
+
+    /// A frame was handed to the network.
+    pub(super) fn frame_written(&mut self) {
+        self.epoch_frames += 1;
+        if self.epoch_frames < EPOCH_FRAMES {
+            return;
+        }
+        if self.encode_wait > self.window_wait {
+            self.level = (self.level - 1).max(MIN_LEVEL);
+        } else if self.window_wait > 4 * self.encode_wait {
+            self.level = (self.level + 1).min(MAX_LEVEL);
+        }
+        (self.epoch_frames, self.window_wait, self.encode_wait) = (0, Duration::ZERO, Duration::ZERO);
+    }
+}
+
+/// zstd contexts for reuse; as many as have worked at once.
+#[derive(Default)]
+pub(super) struct Compressors(Mutex<Vec<Compressor<'static>>>);
+
+impl Compressors {
+    /// The compressed bytes, or nothing where they save less than a sixteenth. Blocks.
+    pub(super) fn compress(&self, raw: &[u8], level: i32) -> Option<Bytes> {
+        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut compressor = match spare {
+            Some(compressor) => compressor,
+            None => Compressor::new(level).ok()?,
+        };
+        compressor.set_compression_level(level).ok()?;
+        let compressed = compressor.compress(raw).ok()?;
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(compressor);
+        // The vector has room for the worst case, and would keep it as long as the frame lives.
+        (compressed.len() < raw.len() - raw.len() / 16).then(|| Bytes::copy_from_slice(&compressed))
+    }
+}
+
+impl std::fmt::Debug for Compressors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compressors").finish_non_exhaustive()
+    }
+}
+
+/// Undoes [`Compressors::compress`]; fails unless exactly `raw_len` bytes come out. Blocks.
+pub(super) fn decompress(payload: &[u8], raw_len: usize) -> Result<Bytes, BoxError> {
+    let raw = Decompressor::new()?.decompress(payload, raw_len)?;
+    if raw.len() != raw_len {
+        return Err(format!("a frame of {raw_len} bytes unpacks to {}", raw.len()).into());
+    }
+    Ok(Bytes::from(raw))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const TICK: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_slow_network_raises_the_level_and_slow_processors_lower_it() {
+        let mut pacer = Pacer::new();
+        for _ in 0..20 * EPOCH_FRAMES {
+            pacer.waited_for_window(TICK);
+            pacer.frame_written();
+        }
+        assert_eq!(pacer.choose(), Choice::Compress { level: MAX_LEVEL });
+        for _ in 0..20 * EPOCH_FRAMES {
+            pacer.waited_for_encoder(TICK);
+            pacer.frame_written();
+        }
+        assert_eq!(pacer.choose(), Choice::Compress { level: MIN_LEVEL });
+    }
+
+    #[test]
+    fn data_that_does_not_shrink_is_stored_and_probed_now_and_then() {
+        let mut pacer = Pacer::new();
+        let mut compressed = 0;
+        for _ in 0..2_000 {
+            if pacer.choose() != Choice::Store {
+                compressed += 1;
+                pacer.observe(false);
+            }
+        }
+        assert!((4..20).contains(&compressed), "{compressed}");
+        while pacer.choose() == Choice::Store {}
+        pacer.observe(true);
+        assert_ne!(pacer.choose(), Choice::Store);
+    }
+
+    #[test]
+    fn a_bomb_does_not_unpack_beyond_what_it_says() {
+        let bomb = zstd::bulk::compress(&vec![0; 1 << 20], 1).unwrap();
+        assert!(decompress(&bomb, 1000).is_err());
+        assert!(decompress(&bomb, (1 << 20) + 1).is_err());
+        assert_eq!(decompress(&bomb, 1 << 20).unwrap().len(), 1 << 20);
+        assert!(decompress(b"garbage", 10).is_err());
+    }
+}

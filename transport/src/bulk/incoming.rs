@@ -1,39 +1,329 @@
-use super::{BulkError, BulkStream, ChunkSink, Progress, Received};
-use std::time::Duration;
+//! The receiving side of a delta.
+//!
+//! Three stages run at once: `read` takes frames off the link and has them unpacked on blocking threads; `consume` hashes
+//! them and gives them to the sink, in order; `acknowledge` tells the sender how far that is, and that this side lives.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    BoxError, BulkError, BulkStream, ChunkSink, Progress, Reader, Received, StopReason,
+    compression::decompress,
+    frame::{Ack, End, HEADER_LEN, Header, Kind},
+    outgoing::SIGNS_OF_LIFE,
+};
+use crate::{
+    NO_PROGRESS,
+    close::CloseCode,
+    error::{Error, ErrorKind},
+};
+
+/// Frames that are read ahead of the sink: with the largest frames 4 MiB.
+const READ_AHEAD: usize = 4;
 
 /// What a receiver allows its peer.
 #[derive(Debug, Clone)]
 pub struct IncomingLimits {
-    /// How long the sender may be silent.
+    /// How long the sender may be silent. Both sides should use the same.
     pub no_progress: Duration,
 }
 
 impl Default for IncomingLimits {
     fn default() -> Self {
-        Self { no_progress: crate::NO_PROGRESS }
+        Self { no_progress: NO_PROGRESS }
     }
 }
 
-/// The receiver's state of one delta.
+/// The receiver's state of one delta; outlives its links.
 #[derive(Debug)]
-pub struct Incoming {}
+pub struct Incoming {
+    limits: IncomingLimits,
+    next_seq: AtomicU64,
+    progress: Progress,
+    /// Absent while a frame is with the sink: a run that was dropped there cannot be taken up.
+    hasher: Option<blake3::Hasher>,
+    received: Option<Received>,
+}
 
 impl Incoming {
     /// A delta of which nothing has arrived.
-    pub fn new(_limits: IncomingLimits) -> Self {
-        todo!()
+    pub fn new() -> Self {
+        Self::with_limits(IncomingLimits::default())
     }
-    /// The sequence number the sender goes on from.
+
+    /// The same with limits of one's own.
+    pub fn with_limits(limits: IncomingLimits) -> Self {
+        Self {
+            limits,
+            next_seq: AtomicU64::new(0),
+            progress: Progress::default(),
+            hasher: Some(blake3::Hasher::new()),
+            received: None,
+        }
+    }
+
+    /// The frame the sender goes on from.
     pub fn next_sequence(&self) -> u64 {
-        todo!()
+        self.next_seq.load(Ordering::Acquire)
     }
-    /// Receives
+
+    /// Receives into the sink until the delta's end, and says yes only to exactly what was sent.
+    ///
+    /// After [`BulkError::Interrupted`] it can be run again with a new link and the same sink; after any other error the
+    /// transfer is over. After success it can be run again, too, for a sender that lost the last acknowledgement. Dropping the future while the sink
+    /// works ends the transfer.
     pub async fn run(
         &mut self,
-        _link: BulkStream,
-        _sink: &mut dyn ChunkSink,
-        _progress: &(dyn Fn(Progress) + Send + Sync),
+        link: BulkStream,
+        sink: &mut dyn ChunkSink,
+        progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<Received, BulkError> {
-        todo!()
+        let BulkStream { connection, mut send, recv } = link;
+        let mut reader = Reader::new(recv);
+        let no_progress = self.limits.no_progress;
+        let (pieces, mut arrived) = mpsc::channel(READ_AHEAD);
+        let (outcome_said, outcome) = watch::channel(Outcome::Open);
+        let (consumed, ack_failed) = (Notify::new(), CancellationToken::new());
+        let first = self.next_sequence();
+        let mut state = Consumer {
+            next_seq: &self.next_seq,
+            progress: &mut self.progress,
+            hasher: &mut self.hasher,
+            received: &mut self.received,
+            consumed: &consumed,
+        };
+        let is_over = state.received.is_some();
+        let read = async {
+            tokio::select! {
+                biased;
+                () = ack_failed.cancelled() => {}
+                () = read(&mut reader, first, no_progress, pieces), if !is_over => {}
+            }
+        };
+        let consume = async {
+            let ended = if is_over { Ok(()) } else { state.consume(&mut arrived, sink, progress).await };
+            drop(arrived);
+            let _ = outcome_said.send(match &ended {
+                Ok(()) => Outcome::Done,
+                Err(Ended::Sink(_)) => Outcome::Stop(StopReason::Sink),
+                Err(Ended::Corrupt(_)) => Outcome::Stop(StopReason::Corrupt),
+                Err(Ended::Lost(_)) => Outcome::Lost,
+            });
+            ack_failed.cancel();
+            ended
+        };
+        let acknowledge = async {
+            let said = acknowledge(&mut send, &self.next_seq, &consumed, outcome, no_progress).await;
+            ack_failed.cancel();
+            said
+        };
+        let ((), ended, said) = tokio::join!(read, consume, acknowledge);
+        let lost = |kind| BulkError::Interrupted(Error::new("receive from", connection.remote_address(), kind));
+        match (ended, said) {
+            (Ok(()), _) => self.received.ok_or_else(|| BulkError::Corrupt("the delta has no end".to_owned())),
+            (Err(Ended::Sink(error)), _) => {
+                reader.stop(CloseCode::Failed);
+                Err(BulkError::Sink(error))
+            }
+            (Err(Ended::Corrupt(what)), _) => {
+                reader.stop(CloseCode::Protocol);
+                tracing::warn!(peer = %connection.remote_address(), reason = %what, "refused a corrupt delta");
+                Err(BulkError::Corrupt(what))
+            }
+            (Err(Ended::Lost(None)), Err(kind)) | (Err(Ended::Lost(Some(kind))), _) => {
+                let _ = send.reset(CloseCode::TimedOut.varint());
+                reader.stop(CloseCode::TimedOut);
+                Err(lost(kind))
+            }
+            (Err(Ended::Lost(None)), Ok(())) => Err(lost(ErrorKind::StreamEnded)),
+        }
+    }
+}
+
+impl Default for Incoming {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Outcome {
+    Open,
+    Done,
+    Stop(StopReason),
+    Lost,
+}
+
+enum Ended {
+    /// The link; with its error where the reading side found it.
+    Lost(Option<ErrorKind>),
+    Sink(BoxError),
+    Corrupt(String),
+}
+
+enum Piece {
+    Data { wire: u64, raw: Unpacked },
+    End(End),
+    Lost(ErrorKind),
+    Corrupt(String),
+}
+
+enum Unpacked {
+    Already(Bytes),
+    /// Awaited by the consumer; short, so that one left behind by a dropped run ends by itself.
+    Soon(JoinHandle<Result<Bytes, BoxError>>),
+}
+
+/// Reads frames until the end, an error, or nobody wants them.
+async fn read(reader: &mut Reader, mut expected: u64, no_progress: Duration, pieces: mpsc::Sender<Piece>) {
+    loop {
+        let piece = match read_frame(reader, expected, no_progress).await {
+            Ok(None) => continue,
+            Ok(Some(piece)) => piece,
+            Err(piece) => piece,
+        };
+        expected += 1;
+        let is_last = !matches!(piece, Piece::Data { .. });
+        if pieces.send(piece).await.is_err() || is_last {
+            return;
+        }
+    }
+}
+
+async fn read_frame(reader: &mut Reader, expected: u64, no_progress: Duration) -> Result<Option<Piece>, Piece> {
+    let head = reader.take(HEADER_LEN, no_progress).await.map_err(Piece::Lost)?;
+    let corrupt = |error: BoxError| Piece::Corrupt(error.to_string());
+    let head: &[u8; HEADER_LEN] = head.as_ref().try_into().map_err(|_| Piece::Corrupt("a short head".to_owned()))?;
+    let header = Header::decode(head).map_err(corrupt)?;
+    if header.kind == Kind::Alive {
+        return Ok(None);
+    }
+    if header.seq != expected {
+        return Err(Piece::Corrupt(format!("frame {} came where {expected} was due", header.seq)));
+    }
+    let payload = reader.take(header.payload as usize, no_progress).await.map_err(Piece::Lost)?;
+    let wire = (HEADER_LEN + payload.len()) as u64;
+    let raw = match header.kind {
+        Kind::End => return End::decode(&payload).map(|end| Some(Piece::End(end))).map_err(corrupt),
+        Kind::Zstd => Unpacked::Soon(tokio::task::spawn_blocking(move || decompress(&payload, header.raw as usize))),
+        Kind::Stored | Kind::Alive => Unpacked::Already(payload),
+    };
+    Ok(Some(Piece::Data { wire, raw }))
+}
+
+struct Consumer<'a> {
+    next_seq: &'a AtomicU64,
+    progress: &'a mut Progress,
+    hasher: &'a mut Option<blake3::Hasher>,
+    received: &'a mut Option<Received>,
+    consumed: &'a Notify,
+}
+
+impl Consumer<'_> {
+    async fn consume(
+        &mut self,
+        arrived: &mut mpsc::Receiver<Piece>,
+        sink: &mut dyn ChunkSink,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<(), Ended> {
+        loop {
+            let (wire, raw) = match arrived.recv().await {
+                None => return Err(Ended::Lost(None)),
+                Some(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
+                Some(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
+                Some(Piece::End(end)) => return self.end(end),
+                Some(Piece::Data { wire, raw: Unpacked::Already(raw) }) => (wire, raw),
+                Some(Piece::Data { wire, raw: Unpacked::Soon(unpacking) }) => match unpacking.await {
+                    Ok(Ok(raw)) => (wire, raw),
+                    Ok(Err(error)) => return Err(Ended::Corrupt(error.to_string())),
+                    Err(error) => return Err(Ended::Corrupt(error.to_string())),
+                },
+            };
+            let raw_len = raw.len() as u64;
+            self.hash_and_write(raw, sink).await?;
+            self.progress.raw_bytes += raw_len;
+            self.progress.wire_bytes += wire;
+            self.advance();
+            progress(*self.progress);
+        }
+    }
+
+    async fn hash_and_write(&mut self, raw: Bytes, sink: &mut dyn ChunkSink) -> Result<(), Ended> {
+        let dropped = || Ended::Corrupt("an earlier run was dropped in the middle of a write".to_owned());
+        let mut hasher = self.hasher.take().ok_or_else(dropped)?;
+        let hashed = raw.clone();
+        let hashing = tokio::task::spawn_blocking(move || {
+            hasher.update(&hashed);
+            hasher
+        });
+        let (hasher, written) = tokio::join!(hashing, sink.write(raw));
+        written.map_err(Ended::Sink)?;
+        *self.hasher = Some(hasher.map_err(|error| Ended::Corrupt(error.to_string()))?);
+        Ok(())
+    }
+
+    fn end(&mut self, end: End) -> Result<(), Ended> {
+        let hasher = self.hasher.as_ref().ok_or_else(|| Ended::Corrupt("an earlier run was dropped".to_owned()))?;
+        let digest = *hasher.finalize().as_bytes();
+        if end.raw_bytes != self.progress.raw_bytes {
+            return Err(Ended::Corrupt(format!(
+                "{} bytes were sent and {} arrived",
+                end.raw_bytes, self.progress.raw_bytes
+            )));
+        }
+        if end.digest != digest {
+            return Err(Ended::Corrupt("the digest differs".to_owned()));
+        }
+        let Progress { raw_bytes, wire_bytes } = *self.progress;
+        *self.received = Some(Received { raw_bytes, wire_bytes, digest });
+        self.advance();
+        Ok(())
+    }
+
+    fn advance(&self) {
+        self.next_seq.fetch_add(1, Ordering::AcqRel);
+        self.consumed.notify_one();
+    }
+}
+
+/// Says how far the sink is whenever it got further, and at least every so often; then the outcome.
+async fn acknowledge(
+    send: &mut quinn::SendStream,
+    next_seq: &AtomicU64,
+    consumed: &Notify,
+    mut outcome: watch::Receiver<Outcome>,
+    no_progress: Duration,
+) -> Result<(), ErrorKind> {
+    loop {
+        let last = *outcome.borrow();
+        let ack = match last {
+            Outcome::Lost => return Ok(()),
+            Outcome::Stop(reason) => Ack::Stop(reason),
+            Outcome::Open | Outcome::Done => Ack::Consumed(next_seq.load(Ordering::Acquire)),
+        };
+        match tokio::time::timeout(no_progress, send.write_all(&ack.encode())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(ErrorKind::from_write(error)),
+            Err(_) => return Err(ErrorKind::TimedOut(no_progress)),
+        }
+        if !matches!(last, Outcome::Open) {
+            let _ = send.finish();
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            _ = outcome.changed() => {}
+            () = consumed.notified() => {}
+            () = tokio::time::sleep(no_progress / SIGNS_OF_LIFE) => {}
+        }
     }
 }

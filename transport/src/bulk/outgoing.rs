@@ -1,38 +1,465 @@
-use super::{BulkError, BulkStream, ChunkSource, Progress, Sent};
-use std::time::Duration;
+//! The sending side of a delta.
+//!
+//! Three stages run at once: `feed` reads the source, hashes, and has frames compressed on blocking threads; `write` puts
+//! frames onto the link in order; `listen` takes acknowledgements and lets go of frames. They share the queue of frames that are not
+//! acknowledged, which outlives the link.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{sync::Notify, task::JoinSet, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    BoxError, BulkError, BulkStream, ChunkSource, Progress, Reader, Sent,
+    compression::{Choice, Compressors, Pacer},
+    frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
+};
+use crate::{
+    NO_PROGRESS,
+    close::CloseCode,
+    error::{Error, ErrorKind},
+};
+
+/// Smaller chunks of the source are put together until there is this much.
+const GATHER: usize = FRAME_RAW / 2;
+/// A sign of life is sent this many times within `no_progress`.
+pub(super) const SIGNS_OF_LIFE: u32 = 4;
 
 /// What a sender allows itself.
 #[derive(Debug, Clone)]
 pub struct OutgoingLimits {
-    /// Bytes that may be on their way: read from the source, and not consumed by the receiver.
+    /// Bytes that may be on their way: read from the source and not consumed by the receiver.
     pub window: usize,
-    /// How long the receiver may be silent.
+    /// How long the receiver may be silent. Both sides should use the same.
     pub no_progress: Duration,
 }
 
 impl Default for OutgoingLimits {
     fn default() -> Self {
-        Self { window: 8 * 1024 * 1024, no_progress: crate::NO_PROGRESS }
+        Self { window: 8 * 1024 * 1024, no_progress: NO_PROGRESS }
     }
 }
 
-/// The sender's state of one delta.
+/// The sender's state of one delta; outlives its links.
 #[derive(Debug)]
-pub struct Outgoing {}
+pub struct Outgoing {
+    limits: OutgoingLimits,
+    shared: Arc<Shared>,
+    feeder: Feeder,
+}
 
 impl Outgoing {
     /// A delta of which nothing was sent.
-    pub fn new(_limits: OutgoingLimits) -> Self {
-        todo!()
+    pub fn new(limits: OutgoingLimits) -> Self {
+        let shared = Shared {
+            queue: Mutex::new(Queue::new()),
+            room: Notify::new(),
+            ready: Notify::new(),
+            compressors: Compressors::default(),
+        };
+        Self { limits, shared: Arc::new(shared), feeder: Feeder::default() }
     }
-    /// Sends
+
+    /// Sends what the receiver lacks from `resume_from_seq` on (its [`next_sequence`](super::Incoming::next_sequence)),
+    /// goes on with the source to its end, and returns when the receiver has consumed all of it.
+    ///
+    /// After [`BulkError::Interrupted`] it can be run again with a new link and the same source; after any other error the transfer
+    /// is over. Dropping the future loses the chunk that was being read, so the transfer is over then, too.
     pub async fn run(
         &mut self,
-        _link: BulkStream,
-        _resume_from_seq: u64,
-        _source: &mut dyn ChunkSource,
-        _progress: &(dyn Fn(Progress) + Send + Sync),
+        link: BulkStream,
+        resume_from_seq: u64,
+        source: &mut dyn ChunkSource,
+        progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<Sent, BulkError> {
-        todo!()
+        let BulkStream { connection, mut send, recv } = link;
+        let mut acks = Reader::new(recv);
+        let run = Run { shared: &self.shared, limits: &self.limits, link_lost: CancellationToken::new() };
+        if let Err(what) = self.shared.queue().check_resume(resume_from_seq) {
+            connection.close(CloseCode::Protocol.varint(), b"resume");
+            return Err(BulkError::Corrupt(what));
+        }
+        let source_failed = CancellationToken::new();
+        let feed = async {
+            let fed = run.feed(&mut self.feeder, source).await;
+            if fed.is_err() {
+                source_failed.cancel();
+            }
+            fed
+        };
+        let link = async {
+            let outcome = tokio::select! {
+                biased;
+                () = source_failed.cancelled() => Ok(()),
+                heard = run.listen(&mut acks, progress) => heard,
+                written = run.write(&mut send, resume_from_seq) => written,
+            };
+            run.link_lost.cancel();
+            outcome
+        };
+        let (fed, linked) = tokio::join!(feed, link);
+        if let Err(error) = fed {
+            let _ = send.reset(CloseCode::Failed.varint());
+            return Err(BulkError::Source(error));
+        }
+        match linked {
+            Ok(()) => {
+                let _ = send.finish();
+                let queue = self.shared.queue();
+                Ok(Sent { raw_bytes: queue.end.raw_bytes, wire_bytes: queue.wire_bytes, digest: queue.end.digest })
+            }
+            Err(LinkError::Stopped(reason)) => Err(BulkError::Stopped(reason)),
+            Err(LinkError::Corrupt(what)) => {
+                connection.close(CloseCode::Protocol.varint(), b"bulk");
+                Err(BulkError::Corrupt(what))
+            }
+            Err(LinkError::Lost(kind)) => {
+                let _ = send.reset(CloseCode::TimedOut.varint());
+                acks.stop(CloseCode::TimedOut);
+                Err(BulkError::Interrupted(Error::new("send to", connection.remote_address(), kind)))
+            }
+        }
+    }
+}
+
+enum LinkError {
+    Lost(ErrorKind),
+    Stopped(super::StopReason),
+    Corrupt(String),
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// There may be room in the window.
+    room: Notify,
+    /// There may be a frame to write.
+    ready: Notify,
+    compressors: Compressors,
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Frames that are not acknowledged, oldest first, and the account of the delta.
+#[derive(Debug)]
+struct Queue {
+    /// The sequence of the first.
+    first: u64,
+    frames: VecDeque<Slot>,
+    /// What they hold in memory.
+    held: usize,
+    /// The End frame is among them, or acknowledged.
+    ended: bool,
+    end: End,
+    acknowledged: Progress,
+    wire_bytes: u64,
+    pacer: Pacer,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Encoding { raw: usize },
+    Ready(Frame),
+}
+
+#[derive(Debug, Clone)]
+struct Frame {
+    header: Header,
+    payload: Bytes,
+}
+
+impl Queue {
+    fn new() -> Self {
+        Self {
+            first: 0,
+            frames: VecDeque::new(),
+            held: 0,
+            ended: false,
+            end: End { raw_bytes: 0, digest: [0; 32] },
+            acknowledged: Progress::default(),
+            wire_bytes: 0,
+            pacer: Pacer::new(),
+        }
+    }
+
+    fn next(&self) -> u64 {
+        self.first + self.frames.len() as u64
+    }
+
+    fn slot(&mut self, seq: u64) -> Option<&mut Slot> {
+        let index = usize::try_from(seq.checked_sub(self.first)?).ok()?;
+        self.frames.get_mut(index)
+    }
+
+    fn ready(&mut self, seq: u64) -> Option<Frame> {
+        match self.slot(seq)? {
+            Slot::Ready(frame) => Some(frame.clone()),
+            Slot::Encoding { .. } => None,
+        }
+    }
+
+    fn check_resume(&self, seq: u64) -> Result<(), String> {
+        if (self.first..=self.next()).contains(&seq) {
+            return Ok(());
+        }
+        Err(format!("the receiver asks for frame {seq}, and {} to {} are kept", self.first, self.next()))
+    }
+
+    fn push_end(&mut self) {
+        let header = Header { kind: Kind::End, seq: self.next(), raw: 0, payload: END_LEN as u32 };
+        let payload = Bytes::copy_from_slice(&self.end.encode());
+        self.held += payload.len();
+        self.frames.push_back(Slot::Ready(Frame { header, payload }));
+        self.ended = true;
+    }
+
+    /// Puts the finished frame into its slot.
+    fn fill(&mut self, frame: Frame) {
+        let payload = frame.payload.len();
+        let Some(slot) = self.slot(frame.header.seq) else { return };
+        let Slot::Encoding { raw } = *slot else { return };
+        *slot = Slot::Ready(frame);
+        self.held = self.held - raw + payload;
+    }
+
+    /// Lets go of the frames below `next`. Fails when the receiver cannot have had them.
+    fn acknowledge(&mut self, next: u64) -> Result<(), String> {
+        if next > self.next() {
+            return Err(format!("the receiver acknowledges frame {next}, and {} is next", self.next()));
+        }
+        while self.first < next {
+            let Some(Slot::Ready(frame)) = self.frames.pop_front() else {
+                return Err("the receiver acknowledges a frame that was not sent".to_owned());
+            };
+            self.first += 1;
+            self.held -= frame.payload.len();
+            self.acknowledged.raw_bytes += u64::from(frame.header.raw);
+            self.acknowledged.wire_bytes += (HEADER_LEN + frame.payload.len()) as u64;
+        }
+        Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        self.ended && self.frames.is_empty()
+    }
+}
+
+/// The state of the stage that reads the source.
+#[derive(Debug, Default)]
+struct Feeder {
+    gathered: BytesMut,
+    /// What a long chunk still holds.
+    rest: Bytes,
+    source_done: bool,
+    hasher: Option<blake3::Hasher>,
+    hashing: JoinSet<blake3::Hasher>,
+    encoding: JoinSet<()>,
+}
+
+impl Feeder {
+    /// The next frame's bytes; nothing at the end.
+    async fn next(&mut self, source: &mut dyn ChunkSource) -> Result<Option<Bytes>, BoxError> {
+        loop {
+            if !self.rest.is_empty() {
+                let length = self.rest.len().min(FRAME_RAW);
+                return Ok(Some(self.rest.split_to(length)));
+            }
+            if self.gathered.len() >= GATHER || (self.source_done && !self.gathered.is_empty()) {
+                self.rest = self.gathered.split().freeze();
+                continue;
+            }
+            if self.source_done {
+                return Ok(None);
+            }
+            match source.next().await? {
+                None => self.source_done = true,
+                Some(chunk) if self.gathered.is_empty() && chunk.len() >= GATHER => self.rest = chunk,
+                Some(chunk) => self.gathered.extend_from_slice(&chunk),
+            }
+        }
+    }
+
+    /// Hashes behind the caller's back, one chunk at a time.
+    async fn hash(&mut self, raw: Bytes) -> Result<(), BoxError> {
+        let mut hasher = self.hashed().await?;
+        self.hashing.spawn_blocking(move || {
+            hasher.update(&raw);
+            hasher
+        });
+        Ok(())
+    }
+
+    async fn hashed(&mut self) -> Result<blake3::Hasher, BoxError> {
+        match self.hashing.join_next().await {
+            Some(hasher) => Ok(hasher?),
+            None => Ok(self.hasher.take().unwrap_or_default()),
+        }
+    }
+}
+
+/// One link's time.
+struct Run<'a> {
+    shared: &'a Arc<Shared>,
+    limits: &'a OutgoingLimits,
+    link_lost: CancellationToken,
+}
+
+impl Run<'_> {
+    /// Reads the source while there is room, until it ends or the link is lost.
+    async fn feed(&self, feeder: &mut Feeder, source: &mut dyn ChunkSource) -> Result<(), BoxError> {
+        while !self.shared.queue().ended {
+            if !self.wait_for_room().await {
+                return Ok(());
+            }
+            while let Some(encoded) = feeder.encoding.try_join_next() {
+                encoded?;
+            }
+            match feeder.next(source).await? {
+                Some(raw) => {
+                    feeder.hash(raw.clone()).await?;
+                    self.submit(feeder, raw);
+                }
+                None => {
+                    let digest = *feeder.hashed().await?.finalize().as_bytes();
+                    while let Some(encoded) = feeder.encoding.join_next().await {
+                        encoded?;
+                    }
+                    let mut queue = self.shared.queue();
+                    queue.end.digest = digest;
+                    queue.push_end();
+                    drop(queue);
+                    self.shared.ready.notify_one();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a frame fits into the window; false when the link is lost meanwhile.
+    async fn wait_for_room(&self) -> bool {
+        let since = Instant::now();
+        loop {
+            if self.link_lost.is_cancelled() {
+                return false;
+            }
+            let mut queue = self.shared.queue();
+            if queue.frames.is_empty() || queue.held + FRAME_RAW <= self.limits.window {
+                queue.pacer.waited_for_window(since.elapsed());
+                return true;
+            }
+            drop(queue);
+            tokio::select! {
+                biased;
+                () = self.link_lost.cancelled() => return false,
+                () = self.shared.room.notified() => {}
+            }
+        }
+    }
+
+    /// Numbers a frame, and has it compressed where that pays.
+    fn submit(&self, feeder: &mut Feeder, raw: Bytes) {
+        let mut queue = self.shared.queue();
+        let (seq, raw_len) = (queue.next(), raw.len() as u32);
+        queue.end.raw_bytes += u64::from(raw_len);
+        queue.held += raw.len();
+        let stored = Header { kind: Kind::Stored, seq, raw: raw_len, payload: raw_len };
+        match queue.pacer.choose() {
+            Choice::Store => {
+                queue.frames.push_back(Slot::Ready(Frame { header: stored, payload: raw }));
+                drop(queue);
+                self.shared.ready.notify_one();
+            }
+            Choice::Compress { level } => {
+                queue.frames.push_back(Slot::Encoding { raw: raw.len() });
+                drop(queue);
+                let shared = self.shared.clone();
+                feeder.encoding.spawn_blocking(move || {
+                    let compressed = shared.compressors.compress(&raw, level);
+                    let mut queue = shared.queue();
+                    queue.pacer.observe(compressed.is_some());
+                    queue.fill(match compressed {
+                        Some(payload) => {
+                            let header = Header { kind: Kind::Zstd, payload: payload.len() as u32, ..stored };
+                            Frame { header, payload }
+                        }
+                        None => Frame { header: stored, payload: raw },
+                    });
+                    drop(queue);
+                    shared.ready.notify_one();
+                    shared.room.notify_one();
+                });
+            }
+        }
+    }
+
+    /// Writes frames from `next` on, in order, and signs of life between them; ends with the link only.
+    async fn write(&self, send: &mut quinn::SendStream, mut next: u64) -> Result<(), LinkError> {
+        loop {
+            let frame = self.shared.queue().ready(next);
+            let Some(Frame { header, payload }) = frame else {
+                self.wait_for_frame(send, next).await?;
+                continue;
+            };
+            let written = HEADER_LEN + payload.len();
+            let mut pieces = [Bytes::copy_from_slice(&header.encode()), payload];
+            self.sent(send.write_all_chunks(&mut pieces).await).await?;
+            next += 1;
+            let mut queue = self.shared.queue();
+            queue.wire_bytes += written as u64;
+            queue.pacer.frame_written();
+        }
+    }
+
+    async fn wait_for_frame(&self, send: &mut quinn::SendStream, next: u64) -> Result<(), LinkError> {
+        let since = Instant::now();
+        let is_encoding = self.shared.queue().slot(next).is_some();
+        let signs = self.limits.no_progress / SIGNS_OF_LIFE;
+        if tokio::time::timeout(signs, self.shared.ready.notified()).await.is_err() {
+            self.sent(send.write_all(&Header::ALIVE.encode()).await).await?;
+        }
+        if is_encoding {
+            self.shared.queue().pacer.waited_for_encoder(since.elapsed());
+        }
+        Ok(())
+    }
+
+    /// A receiver that gives up stops the stream and says why in an acknowledgement: then `listen` has the word.
+    async fn sent(&self, written: Result<(), quinn::WriteError>) -> Result<(), LinkError> {
+        match written {
+            Ok(()) => Ok(()),
+            Err(quinn::WriteError::Stopped(_)) => std::future::pending().await,
+            Err(error) => Err(LinkError::Lost(ErrorKind::from_write(error))),
+        }
+    }
+
+    /// Takes acknowledgements until all is acknowledged.
+    async fn listen(&self, acks: &mut Reader, progress: &(dyn Fn(Progress) + Send + Sync)) -> Result<(), LinkError> {
+        let corrupt = |error: BoxError| LinkError::Corrupt(error.to_string());
+        loop {
+            let bytes = acks.take(ACK_LEN, self.limits.no_progress).await.map_err(LinkError::Lost)?;
+            let next = match Ack::decode(&bytes).map_err(corrupt)? {
+                Ack::Consumed(next) => next,
+                Ack::Stop(reason) => return Err(LinkError::Stopped(reason)),
+            };
+            let (acknowledged, done) = {
+                let mut queue = self.shared.queue();
+                queue.acknowledge(next).map_err(LinkError::Corrupt)?;
+                (queue.acknowledged, queue.is_done())
+            };
+            progress(acknowledged);
+            if done {
+                return Ok(());
+            }
+            self.shared.room.notify_one();
+        }
     }
 }
