@@ -81,6 +81,9 @@ pub fn decode<T: DeserializeOwned>(kind: &str, bytes: &[u8]) -> Result<T, Record
     if header.format > RECORD_FORMAT {
         return Err(RecordError::Newer(header.format));
     }
+    if header.format == 0 {
+        return Err(damaged("there is no format 0"));
+    }
     if header.kind != kind {
         return Err(RecordError::Damaged(format!("it is a record of a {:.40}, not of a {kind}", header.kind)));
     }
@@ -141,7 +144,7 @@ mod tests {
     fn the_bytes_of_a_record_file_stay_as_they_are() {
         let bytes = encode("sample", &sample()).unwrap();
         let golden = concat!(
-            r#"{"format":1,"kind":"sample","checksum":"c2a6bb4cd39e9d5c3e2fea4d7d4bbc17cc52b8e7a35ac13e8e0a8b4de9b3d0ff"}"#,
+            r#"{"format":1,"kind":"sample","checksum":"a18a2fff7cca94601e8f852cf977d8181c4e5368b71ae31d2e72afa5c6a1bb8e"}"#,
             "\n{\n  \"key\": \"value\"\n}\n"
         );
         assert_eq!(String::from_utf8(bytes).unwrap(), golden);

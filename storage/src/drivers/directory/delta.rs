@@ -1,6 +1,9 @@
 //! Reading a delta: a blocking thread writes it, a bounded channel hands it out.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -44,15 +47,23 @@ impl Pool {
     }
 }
 
-/// Hands out what the blocking thread writes. Dropping it closes the channel, which ends the thread.
+/// Hands out what the blocking thread writes. Dropping it ends the thread.
 pub(super) struct DirectoryDeltaReader {
     chunks: mpsc::Receiver<Result<Option<Bytes>>>,
+    stop: Arc<AtomicBool>,
     ended: bool,
+}
+
+impl Drop for DirectoryDeltaReader {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 impl DirectoryDeltaReader {
     /// Starts the thread. It keeps the pool open until it ends.
     pub(super) fn start(pool: Arc<Pool>, mut writer: DeltaWriter) -> Self {
+        let stop = writer.stopper();
         let (sender, chunks) = mpsc::channel(CHUNKS_AHEAD);
         tokio::task::spawn_blocking(move || {
             loop {
@@ -64,7 +75,7 @@ impl DirectoryDeltaReader {
             }
             drop(pool);
         });
-        Self { chunks, ended: false }
+        Self { chunks, stop, ended: false }
     }
 }
 

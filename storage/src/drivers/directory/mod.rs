@@ -15,9 +15,9 @@ use async_trait::async_trait;
 
 mod catalog;
 mod compare;
+mod delta;
 mod head;
 mod pool;
-#[path = "pending.rs"]
 mod receive;
 mod snapshot;
 mod split;
@@ -177,19 +177,20 @@ impl Driver for DirectoryDriver {
         self.with("verify snapshot", move |pool| pool.verify(snapshot, compare)).await
     }
 
-    async fn read_delta(&self, _request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {
-        Err(Error::new("read delta of", "snapshot", ErrorKind::Unsupported("not built yet".to_owned())))
+    async fn read_delta(&self, request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {
+        let writer = self.with("read delta of", move |pool| pool.delta_writer(&request)).await?;
+        Ok(Box::new(delta::DirectoryDeltaReader::start(Arc::clone(&self.pool), writer)))
     }
 
-    async fn receive(&self, _request: ReceiveRequest) -> Result<Box<dyn Receiving>> {
-        Err(Error::new("receive snapshot", "stream", ErrorKind::Unsupported("not built yet".to_owned())))
+    async fn receive(&self, request: ReceiveRequest) -> Result<Box<dyn Receiving>> {
+        Ok(Box::new(self.with("receive snapshot", move |pool| pool.receive(request)).await?))
     }
 
-    async fn partial(&self, _volume: VolumeId) -> Result<Option<Partial>> {
-        Ok(None)
+    async fn partial(&self, volume: VolumeId) -> Result<Option<Partial>> {
+        self.with("look for a partial receive of", move |pool| pool.partial(volume)).await
     }
 
-    async fn discard_partial(&self, _volume: VolumeId) -> Result<()> {
-        Ok(())
+    async fn discard_partial(&self, volume: VolumeId) -> Result<()> {
+        self.with("discard a partial receive of", move |pool| pool.discard_partial(volume)).await
     }
 }

@@ -23,6 +23,7 @@ use bytes::Bytes;
 
 use super::{
     catalog::{StoredSnapshot, check_record, lay_out_volume, refuse_blocked},
+    compare::{Joined, Pair},
     head::logical_bytes,
     pool::{Pool, Stage, make_dir},
     run,
@@ -35,7 +36,7 @@ use crate::{
     model::{HeadState, HeldSnapshot, Role, SnapshotKey, VolumeId},
     records::{self, RecordError},
     tree::{
-        apply::{Applied, Applier, Sharing},
+        apply::{Applier, OnCheckpoint, Sharing},
         copy::Copier,
         entry::EntryKind,
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
@@ -201,16 +202,15 @@ impl Drop for Slot {
 struct Progress {
     received_bytes: AtomicU64,
     kept: Mutex<Option<ResumePoint>>,
-    failure: Mutex<Option<Error>>,
 }
 
 impl Progress {
     fn new(received_bytes: u64, kept: Option<ResumePoint>) -> Self {
-        Self { received_bytes: received_bytes.into(), kept: Mutex::new(kept), failure: Mutex::default() }
+        Self { received_bytes: received_bytes.into(), kept: Mutex::new(kept) }
     }
 
     /// Returns what keeps each checkpoint durably; the applier has synced the tree before.
-    fn recorder(self: &Arc<Self>, request: &ReceiveRequest, dir: &Path) -> Box<dyn FnMut(ResumePoint) + Send> {
+    fn recorder(self: &Arc<Self>, request: &ReceiveRequest, dir: &Path) -> OnCheckpoint {
         let (progress, dir) = (Arc::clone(self), dir.to_owned());
         let (volume, snapshot, base, format) =
             (request.volume.id, request.snapshot.clone(), request.base, request.format.clone());
@@ -218,19 +218,12 @@ impl Progress {
             let received_bytes = progress.received_bytes.load(Ordering::Relaxed);
             let (snapshot, format) = (snapshot.clone(), format.clone());
             let partial = Partial { volume, snapshot, base, format, point: point.clone(), received_bytes };
-            match records::write("receive", &dir, RECORD, &partial) {
-                Ok(()) => *progress.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(point),
-                Err(error) => {
-                    let error = Error::io("keep the checkpoint of", volume, error);
-                    *progress.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                }
-            }
+            records::write("receive", &dir, RECORD, &partial)
+                .map_err(|error| Error::io("keep the checkpoint of", volume, error))?;
+            *progress.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(point);
             fault::point("directory.receive.checkpoint");
+            Ok(())
         })
-    }
-
-    fn failure(&self) -> Result<()> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 }
 
@@ -260,7 +253,6 @@ impl Receiving for DirectoryReceiving {
         let work = run(OPERATION, move || {
             work.progress.received_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             work.applier.feed(&chunk)?;
-            work.progress.failure()?;
             Ok(work)
         })
         .await?;
@@ -296,21 +288,19 @@ impl Receiving for DirectoryReceiving {
 
 impl Work {
     fn commit(self) -> Result<HeldSnapshot> {
-        let Self { applier, stage, request, progress, pool, _slot } = self;
+        let Self { applier, stage, request, pool, _slot, .. } = self;
         let volume = request.volume.id;
         let key = SnapshotKey { volume, snapshot: request.snapshot.id };
         let failed = |error: io::Error| Error::io(OPERATION, request.snapshot.id, error);
-        let Applied { summary, .. } = applier.finish()?;
-        progress.failure()?;
+        applier.finish()?;
         let dir = stage.path().join("snapshot");
-        let logical_bytes = write_inventory(&dir)?;
+        let base = request.base.map(|base| InventoryReader::open(&pool.inventory_path(base))).transpose()?;
+        let (logical_bytes, changed) = write_inventory(&dir, base)?;
         let extends = pool.volume_dir(volume).exists();
         let parent = request.snapshot.parents.first().copied();
         let stored = StoredSnapshot {
             sequence: if extends { pool.next_sequence(OPERATION, volume)? } else { 1 },
-            unchanged: summary.changes == 0
-                && request.base.is_some()
-                && request.base.map(|base| base.snapshot) == parent,
+            unchanged: !changed && request.base.is_some() && request.base.map(|base| base.snapshot) == parent,
             logical_bytes,
             snapshot: request.snapshot.clone(),
         };
@@ -362,16 +352,34 @@ impl Pool {
     }
 }
 
-/// Writes the inventory of a received tree. Files of one tree share an inode only within their group, so the inodes tell
-/// the groups, however many other snapshots link to them.
-fn write_inventory(dir: &Path) -> Result<u64> {
-    let mut bytes = 0;
+/// Writes the inventory of a received tree; returns the bytes of its files, and whether it differs from its base. Files
+/// of one tree share an inode only within their group, so the inodes tell the groups, however many other snapshots link
+/// to them; and a file that the delta left alone has the base's inode.
+fn write_inventory(dir: &Path, base: Option<InventoryReader>) -> Result<(u64, bool)> {
+    let (mut bytes, mut changed) = (0, false);
     let mut writer = InventoryWriter::create(&dir.join("inventory"))?;
-    for entry in Walk::new(Root::open(dir.join("tree"))?, Links::ByInode) {
-        let entry = entry?;
+    let mut joined = Joined::new(Walk::new(Root::open(dir.join("tree"))?, Links::ByInode), base);
+    while let Some(pair) = joined.next()? {
+        let (entry, digest) = match pair {
+            Pair::Gone(_) => {
+                changed = true;
+                continue;
+            }
+            Pair::New(entry) => {
+                changed = true;
+                (entry, None)
+            }
+            Pair::Both(entry, record) => {
+                let same_inode = entry.stat.ino == record.entry.stat.ino;
+                changed |= entry.kind != record.entry.kind
+                    || !entry.has_metadata_of(&record.entry)
+                    || (entry.kind != EntryKind::Directory && !same_inode);
+                (entry, record.digest.filter(|_| same_inode))
+            }
+        };
         bytes += logical_bytes(&entry.kind);
-        writer.add(InventoryEntry { entry, origin: None, digest: None })?;
+        writer.add(InventoryEntry { entry, origin: None, digest })?;
     }
     writer.finish()?;
-    Ok(bytes)
+    Ok((bytes, changed))
 }
