@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde_json::Value;
 
-use crate::Node;
+use crate::{Node, SHORT};
 
 /// The volumes of a node and the names of their snapshots, oldest first.
 pub type Histories = BTreeMap<String, Vec<String>>;
@@ -44,6 +44,21 @@ pub fn leftovers(pool: &Path) -> Vec<String> {
         found.extend(entries.flatten().map(|entry| format!("{folder}/{}", entry.file_name().to_string_lossy())));
     }
     found
+}
+
+/// Waits until nothing lies about in a pool: what is deleted in the background is gone.
+#[track_caller]
+pub fn wait_tidy(node: &Node) {
+    let mut left = Vec::new();
+    let deadline = std::time::Instant::now() + SHORT;
+    while std::time::Instant::now() < deadline {
+        left = leftovers(&node.pool());
+        if left.is_empty() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("left over in the pool of {}: {left:?}", node.name);
 }
 
 /// Returns an array's members.

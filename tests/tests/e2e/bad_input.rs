@@ -6,7 +6,7 @@ use flocker_tests::{
     Cluster, Node, Options, Running, Scratch,
     command::flocker,
     data::write_random,
-    invariants::{histories, leftovers},
+    invariants::{histories, wait_tidy},
     require,
     scratch::FileSystem,
     tree::{Listing, assert_same},
@@ -260,7 +260,7 @@ fn a_full_disk_at_the_receiver_is_told_in_words_and_the_space_is_given_back() {
     flocker_tests::wait_until("the space is given back", flocker_tests::SHORT, || {
         (free_bytes(&place) + (1 << 20) > free).then_some(())
     });
-    assert_eq!(leftovers(&b.pool()), Vec::<String>::new());
+    wait_tidy(b);
 }
 
 #[test]
@@ -285,5 +285,5 @@ fn a_full_disk_at_a_snapshot_leaves_the_volume_as_it_was() {
     flocker_tests::wait_until("the space is given back", flocker_tests::SHORT, || {
         (free_bytes(&place) + (1 << 20) > free).then_some(())
     });
-    assert_eq!(leftovers(&node.pool()), Vec::<String>::new());
+    wait_tidy(node);
 }

@@ -8,6 +8,7 @@ mod crashes;
 mod demo;
 mod enrolment;
 mod everything;
+mod faults;
 mod interrupted;
 mod memory;
 mod mounts;
