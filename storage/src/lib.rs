@@ -5,6 +5,8 @@
 //! # Non-goals
 //! Peers, transfers and policies: this crate knows one pool on one machine.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod delta;
 pub mod driver;
 pub mod drivers;
