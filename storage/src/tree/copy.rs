@@ -109,7 +109,7 @@ impl Copier {
     }
 
     /// Leaves all directories. Returns what could not be kept, and why.
-    pub fn finish(mut self) -> Result<Vec<Finding>> {
+    pub fn finish(&mut self) -> Result<Vec<Finding>> {
         self.builder.leave_to(0)?;
         Ok(self.builder.take_findings())
     }

@@ -6,13 +6,18 @@
 //! # Non-goals
 //! Volumes, pools and peers: a tree is a directory and what is in it.
 
+pub mod apply;
+mod blocks;
 mod builder;
 pub mod copy;
 mod data;
 pub mod entry;
 mod findings;
 pub mod inventory;
+pub mod listing;
 pub mod path;
 pub mod root;
 pub mod walk;
+mod wire;
+pub mod write;
 mod xattr;

@@ -178,17 +178,6 @@ impl DirStack {
         self.path.pop();
     }
 
-    /// Stands in the directory `path`, going up and down as little as needed.
-    pub(super) fn go(&mut self, path: &TreePath) -> Result<BorrowedFd<'_>> {
-        while !path.is_within(&self.path) {
-            self.pop();
-        }
-        for name in path.names().skip(self.level()).map(<[u8]>::to_vec).collect::<Vec<_>>() {
-            self.push(&name)?;
-        }
-        self.top()
-    }
-
     /// Names an entry of the directory on top for a message.
     pub(super) fn show(&self, name: &[u8]) -> String {
         let mut path = self.path.clone();

@@ -60,6 +60,7 @@ pub struct Walk {
     reader: XattrReader,
     findings: Findings,
     position: Position,
+    last_type: FileType,
 }
 
 #[derive(Debug)]
@@ -93,6 +94,7 @@ impl Walk {
             reader: XattrReader::new(),
             findings: Findings::default(),
             position: Position::Start,
+            last_type: FileType::Unknown,
         }
     }
 
@@ -116,6 +118,11 @@ impl Walk {
         let name = if name.is_empty() { &b"."[..] } else { name };
         let opened = open_entry(self.dirs.top()?, name, flags);
         opened.map_err(|error| read_error("open", self.dirs.show(name), error))
+    }
+
+    /// Returns the type of the entry that was returned last; for a hard link, that of its inode.
+    pub(super) fn last_type(&self) -> FileType {
+        self.last_type
     }
 
     /// Returns what the inventory says about the entry that was returned last.
@@ -215,6 +222,7 @@ impl Walk {
         let flags = if name.is_empty() { AtFlags::EMPTY_PATH } else { AtFlags::SYMLINK_NOFOLLOW };
         let status = Status::from(rustix::fs::statx(directory, name, flags, StatxFlags::BASIC_STATS)?);
         let mut stat = status.stat;
+        self.last_type = status.file_type;
         let mut kind = match status.file_type {
             FileType::Directory => EntryKind::Directory,
             FileType::RegularFile => EntryKind::File { size: stat.size },

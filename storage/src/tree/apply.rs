@@ -1,0 +1,546 @@
+//! Takes in `flocker-tree/1`, pushed in pieces cut anywhere, and makes the target tree beneath a directory.
+//!
+//! The stream is hostile: each record is checked before it is acted on, names are single and in strict order, and
+//! everything is made by one name in a directory that was opened beneath the destination. A broken rule ends the
+//! stream with [`ErrorKind::Corrupt`].
+//!
+//! | state | `Start` | entry record | `Data`, `Hole` | `Checkpoint` | `End` | end of bytes |
+//! |---|---|---|---|---|---|---|
+//! | start | → entries | corrupt | corrupt | corrupt | corrupt | corrupt |
+//! | entries | corrupt | made | corrupt | verified, durable | → ended | corrupt |
+//! | in a file | corrupt | file done, made | written | verified, durable | file done, → ended | corrupt |
+//! | ended | corrupt | corrupt | corrupt | corrupt | corrupt | done |
+//!
+//! Records after a checkpoint may be taken in a second time, after a break: each has the same result then.
+
+use std::{
+    fmt,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags, StatxFlags},
+    io::Errno,
+};
+
+use super::{
+    builder::{Builder, Origin},
+    data::{self, Reflinks},
+    entry::{Metadata, Status},
+    path::TreePath,
+    root::{Root, magic_path, open_entry},
+    wire::{Basis, FRAME_HEAD, FRAME_LIMIT, Place, Position, Record, Rule},
+    write::Summary,
+};
+use crate::{
+    delta::ResumePoint,
+    driver::Finding,
+    error::{Error, ErrorKind, Result},
+};
+
+/// The most bytes of extended attributes that directories on the way may hold back until they are left.
+const HELD_BACK_LIMIT: usize = 64 * 1024 * 1024;
+
+/// What the destination shares with the base snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Its files are hard links into the base's tree: none is modified, each is replaced.
+    HardLinked,
+    /// Nothing at the level of inodes (a writable clone, a real copy, or an empty directory): files are modified in
+    /// place, but for those with several names.
+    Exclusive,
+}
+
+/// What was made.
+#[derive(Debug, Clone)]
+pub struct Applied {
+    /// The target's totals, as the sender counted them.
+    pub summary: Summary,
+    /// What could not be kept, and why.
+    pub findings: Vec<Finding>,
+}
+
+/// Called with each place the stream can be resumed at, once all before it is durable.
+pub type OnCheckpoint = Box<dyn FnMut(ResumePoint) -> Result<()> + Send>;
+
+/// Takes in one stream. After an error nothing more is taken; dropping it leaves the destination as it is.
+pub struct Applier {
+    builder: Builder,
+    base: Option<Root>,
+    sharing: Sharing,
+    on_checkpoint: OnCheckpoint,
+    state: State,
+    /// Bytes of a frame that is not complete.
+    buffer: Vec<u8>,
+    hasher: blake3::Hasher,
+    /// Where the stream was told to start.
+    resume: Option<Position>,
+    /// How far it is.
+    position: Option<Position>,
+    /// In each directory on the way: the last name, and the size of the attributes held back.
+    levels: Vec<Level>,
+    held_back: usize,
+    file: Option<OpenFile>,
+    reflinks: Reflinks,
+    left_out: bool,
+    summary: Summary,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Start,
+    Entries,
+    Ended,
+    Failed,
+}
+
+#[derive(Debug, Default)]
+struct Level {
+    last: Vec<u8>,
+    held_back: usize,
+}
+
+/// The file whose data is arriving.
+struct OpenFile {
+    fd: OwnedFd,
+    name: Vec<u8>,
+    path: TreePath,
+    metadata: Metadata,
+    origin: Origin,
+    size: u64,
+    /// The end of what was written, which the next piece must not lie before.
+    written: u64,
+    /// The length of the file now.
+    length: u64,
+}
+
+impl Applier {
+    /// Starts to make the target in `dest`, which holds the base (or is empty where there is none), or what an earlier
+    /// applier left, if `resume` is the last point that it reported. `base` is the base snapshot's own tree.
+    pub fn new(
+        dest: Root,
+        base: Option<Root>,
+        sharing: Sharing,
+        resume: Option<ResumePoint>,
+        on_checkpoint: OnCheckpoint,
+    ) -> Result<Self> {
+        let resume = resume.as_ref().map(Position::from_point).transpose()?;
+        Ok(Self {
+            builder: Builder::new(dest),
+            base,
+            sharing,
+            on_checkpoint,
+            state: State::Start,
+            buffer: Vec::new(),
+            hasher: blake3::Hasher::new(),
+            position: resume.clone(),
+            resume,
+            levels: Vec::new(),
+            held_back: 0,
+            file: None,
+            reflinks: Reflinks::Untried,
+            left_out: false,
+            summary: Summary::default(),
+        })
+    }
+
+    /// Takes the next bytes.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<()> {
+        let taken = self.take(bytes);
+        if taken.is_err() {
+            self.state = State::Failed;
+        }
+        taken
+    }
+
+    /// Checks that the stream was complete, and makes all of it durable.
+    pub fn finish(mut self) -> Result<Applied> {
+        if self.state != State::Ended {
+            return Err(self.corrupt("the stream is truncated"));
+        }
+        self.sync()?;
+        Ok(Applied { summary: self.summary, findings: self.builder.take_findings() })
+    }
+
+    fn take(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if self.state == State::Failed {
+            return Err(self.corrupt("the stream has failed before"));
+        }
+        while !bytes.is_empty() {
+            if self.state == State::Ended {
+                return Err(self.corrupt("bytes follow the end of the stream"));
+            }
+            if self.buffer.is_empty()
+                && let Some(length) = self.frame_length(bytes)?
+                && bytes.len() >= length
+            {
+                let (frame, rest) = bytes.split_at(length);
+                self.frame(frame)?;
+                bytes = rest;
+                continue;
+            }
+            // A frame cut by the end of the piece: gather as much as it lacks.
+            let wanted = self.frame_length(&self.buffer)?.unwrap_or(FRAME_HEAD);
+            let count = (wanted - self.buffer.len()).min(bytes.len());
+            self.buffer.extend_from_slice(&bytes[..count]);
+            bytes = &bytes[count..];
+            if self.frame_length(&self.buffer)? == Some(self.buffer.len()) {
+                let frame = std::mem::take(&mut self.buffer);
+                self.frame(&frame)?;
+                self.buffer = frame;
+                self.buffer.clear();
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns how long a frame is, head included; `None` while its head is not complete.
+    fn frame_length(&self, bytes: &[u8]) -> Result<Option<usize>> {
+        let Some(head) = bytes.first_chunk::<FRAME_HEAD>() else { return Ok(None) };
+        match u32::from_le_bytes(*head) as usize {
+            0 => Err(self.corrupt("a record is empty")),
+            length if length > FRAME_LIMIT => Err(self.corrupt("a record is longer than 8.25 MiB")),
+            length => Ok(Some(FRAME_HEAD + length)),
+        }
+    }
+
+    fn frame(&mut self, frame: &[u8]) -> Result<()> {
+        let record = Record::decode(&frame[FRAME_HEAD..]).map_err(|rule| self.corrupt(rule))?;
+        match (self.state, &record) {
+            (State::Start, Record::Start { resume, .. }) => {
+                if *resume != self.resume {
+                    return Err(self.corrupt("the stream starts elsewhere than was asked for"));
+                }
+                self.state = State::Entries;
+            }
+            (State::Start, _) => return Err(self.corrupt("the stream does not start as one")),
+            (_, Record::Start { .. }) => return Err(self.corrupt("the stream starts twice")),
+            _ => {}
+        }
+        if !matches!(record, Record::Checkpoint { .. } | Record::End { .. }) {
+            self.hasher.update(frame);
+        }
+        match record {
+            Record::Start { .. } => Ok(()),
+            Record::Data { offset, bytes } => self.data(offset, bytes.0),
+            Record::Hole { offset, length } => self.hole(offset, length),
+            Record::Checkpoint { digest } => self.checkpoint(digest),
+            Record::End { entries, logical_bytes, digest } => {
+                self.verify(digest)?;
+                self.close_file()?;
+                self.builder.leave_to(0)?;
+                self.summary = Summary { entries, logical_bytes };
+                self.state = State::Ended;
+                Ok(())
+            }
+            entry => self.entry(entry),
+        }
+    }
+
+    /// Acts on a record about one path.
+    fn entry(&mut self, record: Record<'_>) -> Result<()> {
+        let Some(at) = record.place() else { return Err(self.corrupt("a record cannot be read")) };
+        self.close_file()?;
+        let path = self.stand(at)?;
+        let name = at.name.0;
+        match record {
+            Record::Directory { metadata, .. } => self.directory(&path, name, metadata)?,
+            Record::File { metadata, size, basis, from, .. } => {
+                return self.open_file(path, metadata, size, basis, from);
+            }
+            Record::Node { metadata, kind, .. } => {
+                let kind = kind.into_entry_kind();
+                if self.builder.make(name, &kind)? {
+                    self.builder.finish_node(name, &metadata, &kind)?;
+                } else {
+                    self.left_out = true;
+                }
+            }
+            Record::HardLink { to, .. } => self.hard_link(&path, name, &to)?,
+            _ => self.builder.clear(name)?,
+        }
+        self.advance(path, None);
+        Ok(())
+    }
+
+    /// Goes to the directory a record is about, and checks the order of names in it.
+    fn stand(&mut self, at: Place<'_>) -> Result<TreePath> {
+        let level = at.level as usize;
+        if level == 0 {
+            if self.builder.entered() > 0 {
+                return Err(self.corrupt("the root comes twice"));
+            }
+            return Ok(TreePath::root());
+        }
+        if level > self.builder.entered() {
+            return Err(self.corrupt_at(at.name.0, "its directory was not announced before it"));
+        }
+        self.builder.leave_to(level)?;
+        for gone in self.levels.drain(level..) {
+            self.held_back -= gone.held_back;
+        }
+        let path = self.builder.path().child(at.name.0);
+        let path = path.map_err(|_| self.corrupt_at(at.name.0, "a path is longer than 32 KiB"))?;
+        let Some(directory) = self.levels.last_mut() else { return Err(self.corrupt("the root is missing")) };
+        if !directory.last.is_empty() && directory.last.as_slice() >= at.name.0 {
+            return Err(self.corrupt_at(at.name.0, "it is out of order or comes twice"));
+        }
+        directory.last.clear();
+        directory.last.extend_from_slice(at.name.0);
+        Ok(path)
+    }
+
+    fn directory(&mut self, path: &TreePath, name: &[u8], metadata: Metadata) -> Result<()> {
+        let held_back = metadata.xattrs.iter().map(|(key, value)| key.len() + value.len()).sum();
+        self.held_back += held_back;
+        if self.held_back > HELD_BACK_LIMIT {
+            return Err(self.corrupt_at(name, "directories on the way have more than 64 MiB of extended attributes"));
+        }
+        if path.is_root() {
+            self.builder.enter_root(metadata)?
+        } else {
+            self.builder.enter(name, metadata)?
+        }
+        self.levels.push(Level { last: Vec::new(), held_back });
+        Ok(())
+    }
+
+    fn hard_link(&mut self, path: &TreePath, name: &[u8], to: &TreePath) -> Result<()> {
+        if to >= path || path.is_within(to) {
+            return Err(self.corrupt_at(name, "it is another name of an entry that does not come before it"));
+        }
+        let found = self.builder.root().open_parent(to).ok().and_then(|parent| {
+            let found = rustix::fs::statx(&parent, to.name(), AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE).ok()?;
+            let file_type = FileType::from_raw_mode(u32::from(found.stx_mode));
+            (file_type != FileType::Directory).then_some(parent)
+        });
+        let Some(parent) = found else {
+            if self.left_out || !rustix::process::geteuid().is_root() {
+                self.builder.clear(name)?;
+                self.builder.note(name, format!("it is another name of {to}, which was left out"));
+                return Ok(());
+            }
+            return Err(self.corrupt_at(name, "it is another name of an entry that is not there"));
+        };
+        if self.builder.link(parent.as_fd(), to.name(), name)? {
+            return Ok(());
+        }
+        let why = format!("the file system allows no further name of {to}");
+        Err(Error::new("link", self.show(name), ErrorKind::Unsupported(why)))
+    }
+
+    fn open_file(
+        &mut self,
+        path: TreePath,
+        metadata: Metadata,
+        size: u64,
+        basis: Basis,
+        from: Option<u64>,
+    ) -> Result<()> {
+        let name = path.name().to_vec();
+        let is_resumed = self.resume.as_ref().is_some_and(|resume| resume.path == path && resume.inside == from);
+        let (fd, origin) = match (from, basis) {
+            (Some(_), _) if !is_resumed => return Err(self.corrupt_at(&name, "it goes on where it was not left")),
+            (Some(from), _) => (self.continue_file(&path, &name, from)?, Origin::Existing),
+            (None, Basis::Fresh) => (self.builder.create_file(&name)?, Origin::Fresh),
+            (None, Basis::Existing) => self.take_base(&path, &name)?,
+        };
+        let length = self.length(&fd, &name)?;
+        let written = from.unwrap_or(0);
+        let mut file = OpenFile { fd, name, path, metadata, origin, size, written, length };
+        if file.length > size || (from.is_none() && file.length > 0) {
+            // To its size at once, so that what the base has behind it reads as a hole when it grows again.
+            self.resize(&mut file)?;
+        }
+        self.advance(file.path.clone(), Some(written));
+        self.file = Some(file);
+        Ok(())
+    }
+
+    /// Opens a file whose first part arrived before the break. Other names that it may have by now were made by an
+    /// earlier applier, behind the point; the base's own inode it must not be.
+    fn continue_file(&mut self, path: &TreePath, name: &[u8], from: u64) -> Result<OwnedFd> {
+        let why = match self.builder.status(name)?.filter(|is| is.file_type == FileType::RegularFile) {
+            None => "the file that was half done is not there",
+            Some(is) if is.stat.size < from => "the file that was half done is shorter",
+            Some(is) if self.sharing == Sharing::HardLinked && self.is_of_base(path, &is)? => {
+                "the file that was half done is the base's own"
+            }
+            Some(_) => return self.builder.open_file(name),
+        };
+        Err(Error::new("resume delta at", self.show(name), ErrorKind::ResumeStale(why.to_owned())))
+    }
+
+    fn is_of_base(&self, path: &TreePath, is: &Status) -> Result<bool> {
+        let Some(base) = &self.base else { return Ok(false) };
+        let Ok(parent) = base.open_parent(path) else { return Ok(false) };
+        match rustix::fs::statx(&parent, path.name(), AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS) {
+            Ok(found) => Ok(Status::from(found).stat.ino == is.stat.ino),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(Error::io("read", base.show(path), error)),
+        }
+    }
+
+    /// Opens a file that holds what the base has at the path and that nothing else shares.
+    fn take_base(&mut self, path: &TreePath, name: &[u8]) -> Result<(OwnedFd, Origin)> {
+        let is = self.builder.status(name)?.filter(|is| is.file_type == FileType::RegularFile);
+        if self.sharing == Sharing::Exclusive && is.is_some_and(|is| is.stat.nlink == 1) {
+            return Ok((self.builder.open_file(name)?, Origin::Existing));
+        }
+        if let Some(base) = &self.base {
+            let from = match base.open_beneath(path, OFlags::RDONLY | OFlags::NONBLOCK) {
+                Ok(from) => from,
+                Err(Error { kind: ErrorKind::Io(_), .. }) => return Err(self.no_base(name)),
+                Err(error) => return Err(error),
+            };
+            let found = rustix::fs::statx(&from, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS);
+            let found = found.map(Status::from).map_err(|error| self.builder.error("read", name, error))?;
+            if found.file_type != FileType::RegularFile {
+                return Err(self.no_base(name));
+            }
+            let to = self.builder.create_file(name)?;
+            self.copy(&from, &to, found.stat.size, name)?;
+            return Ok((to, Origin::Fresh));
+        }
+        let Some(is) = is.filter(|_| self.sharing == Sharing::Exclusive) else { return Err(self.no_base(name)) };
+        // Copied without a name, so that a half copy is never taken for the base's file after a break.
+        let top = self.builder.top()?;
+        let from = open_entry(top, name, OFlags::RDONLY | OFlags::NONBLOCK);
+        let mode = Mode::RUSR | Mode::WUSR;
+        let to = rustix::fs::openat(top, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode);
+        let (from, to) =
+            from.and_then(|from| Ok((from, to?))).map_err(|error| self.builder.error("copy", name, error))?;
+        self.copy(&from, &to, is.stat.size, name)?;
+        self.builder.clear(name)?;
+        let unnamed = magic_path(to.as_fd(), b"");
+        let unnamed = unnamed.strip_suffix(b"/.").unwrap_or(&unnamed);
+        let named = rustix::fs::linkat(rustix::fs::CWD, unnamed, self.builder.top()?, name, AtFlags::SYMLINK_FOLLOW);
+        named.map_err(|error| self.builder.error("copy", name, error))?;
+        Ok((to, Origin::Fresh))
+    }
+
+    fn no_base(&self, name: &[u8]) -> Error {
+        self.corrupt_at(name, "it builds on a file that the base does not have")
+    }
+
+    fn copy(&mut self, from: &OwnedFd, to: &OwnedFd, size: u64, name: &[u8]) -> Result<()> {
+        let shared = if size == 0 { Ok(true) } else { self.reflinks.share(from.as_fd(), to.as_fd()) };
+        let copied =
+            shared.and_then(|shared| if shared { Ok(()) } else { data::copy_all(from.as_fd(), to.as_fd(), size) });
+        copied.map_err(|error| self.builder.error("copy", name, error))
+    }
+
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut file = self.piece(offset, bytes.len() as u64)?;
+        data::write_at(file.fd.as_fd(), bytes, offset)
+            .map_err(|error| self.builder.error("write", &file.name, error))?;
+        file.written = offset + bytes.len() as u64;
+        file.length = file.length.max(file.written);
+        self.wrote(file);
+        Ok(())
+    }
+
+    fn hole(&mut self, offset: u64, length: u64) -> Result<()> {
+        let mut file = self.piece(offset, length)?;
+        data::punch(file.fd.as_fd(), offset, length).map_err(|error| self.builder.error("write", &file.name, error))?;
+        file.written = offset + length;
+        self.wrote(file);
+        Ok(())
+    }
+
+    /// Takes the open file out, if a piece may be written to it there.
+    fn piece(&mut self, offset: u64, length: u64) -> Result<OpenFile> {
+        let Some(file) = self.file.take() else { return Err(self.corrupt("data comes without a file")) };
+        if offset < file.written {
+            return Err(self.corrupt_at(&file.name, "its data is out of order"));
+        }
+        if offset.checked_add(length).is_none_or(|end| end > file.size) {
+            return Err(self.corrupt_at(&file.name, "its data lies behind its end"));
+        }
+        Ok(file)
+    }
+
+    fn wrote(&mut self, file: OpenFile) {
+        if let Some(position) = &mut self.position
+            && position.path == file.path
+        {
+            position.inside = Some(file.written);
+        }
+        self.file = Some(file);
+    }
+
+    fn close_file(&mut self) -> Result<()> {
+        let Some(mut file) = self.file.take() else { return Ok(()) };
+        self.resize(&mut file)?;
+        self.builder.finish_file(&file.fd, &file.name, &file.metadata, file.origin)?;
+        self.advance(file.path, None);
+        Ok(())
+    }
+
+    fn resize(&self, file: &mut OpenFile) -> Result<()> {
+        if file.length != file.size {
+            rustix::fs::ftruncate(&file.fd, file.size)
+                .map_err(|error| self.builder.error("write", &file.name, error))?;
+            file.length = file.size;
+        }
+        Ok(())
+    }
+
+    fn length(&self, fd: &OwnedFd, name: &[u8]) -> Result<u64> {
+        let found = rustix::fs::fstat(fd).map_err(|error: Errno| self.builder.error("read", name, error))?;
+        Ok(found.st_size.unsigned_abs())
+    }
+
+    /// Notes how far the stream is; directories that are announced again after a break do not count.
+    fn advance(&mut self, path: TreePath, inside: Option<u64>) {
+        if self.position.as_ref().is_none_or(|position| position.path <= path) {
+            self.position = Some(Position { path, inside });
+        }
+    }
+
+    fn verify(&mut self, digest: [u8; 32]) -> Result<()> {
+        if *self.hasher.finalize().as_bytes() != digest {
+            return Err(self.corrupt("a digest differs: the stream was damaged on its way"));
+        }
+        self.hasher.reset();
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, digest: [u8; 32]) -> Result<()> {
+        self.verify(digest)?;
+        let Some(position) = &self.position else { return Ok(()) };
+        let point = position.to_point()?;
+        self.sync()?;
+        (self.on_checkpoint)(point)
+    }
+
+    fn sync(&self) -> Result<()> {
+        let root = self.builder.root();
+        rustix::fs::syncfs(root).map_err(|error| Error::io("make durable", root.path().display(), error))
+    }
+
+    fn show(&self, name: &[u8]) -> String {
+        let mut path = self.builder.path().clone();
+        if !name.is_empty() {
+            path.push(&name[..name.len().min(super::path::NAME_LIMIT)]);
+        }
+        path.to_string()
+    }
+
+    fn corrupt_at(&self, name: &[u8], rule: Rule) -> Error {
+        Error::new("apply delta at", self.show(name), ErrorKind::Corrupt(rule.to_owned()))
+    }
+
+    /// A broken rule, at the last path that was taken in.
+    fn corrupt(&self, rule: Rule) -> Error {
+        let path = self.position.as_ref().map(|position| position.path.to_string());
+        let object = path.map_or_else(|| "its start".to_owned(), |path| format!("(behind) {path}"));
+        Error::new("apply delta at", object, ErrorKind::Corrupt(rule.to_owned()))
+    }
+}
+
+impl fmt::Debug for Applier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Applier").field("state", &self.state).field("position", &self.position).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,578 @@
+//! Writes `flocker-tree/1`: walks base and target side by side and says what turns one into the other.
+//!
+//! Memory: two walks (names of the directories on the way), the metadata of the directories on the way, a window of
+//! 128 KiB of each version of the current file, the output buffer, and one small value per changed inode with several
+//! names until all of them were met.
+
+use std::{
+    cmp::Ordering,
+    collections::HashMap,
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering as Memory},
+    },
+};
+
+use bytes::{Bytes, BytesMut};
+use rustix::{
+    fs::{FileType, OFlags},
+    io::Errno,
+};
+
+use super::{
+    blocks::{Blocks, Found, Version},
+    entry::{Entry, EntryKind, Metadata},
+    path::TreePath,
+    root::Root,
+    walk::{Attributes, Links, Motion, Walk},
+    wire::{Basis, FRAME_HEAD, FRAME_LIMIT, MAGIC, NodeKind, Place, Position, Raw, Record},
+};
+use crate::{
+    delta::{Compare, ResumePoint},
+    driver::Finding,
+    error::{Error, ErrorKind, Result},
+};
+
+/// The longest chunk, in bytes.
+const CHUNK_LIMIT: usize = 256 * 1024;
+
+/// How much stream lies between two checkpoints: what a broken transfer sends again at most. Each costs the receiver
+/// one syncfs(2).
+pub const CHECKPOINT_INTERVAL: u64 = 64 * 1024 * 1024;
+
+/// One of the two trees.
+#[derive(Debug)]
+pub struct Side {
+    /// The tree.
+    pub root: Root,
+    /// How its hard links are known.
+    pub links: Links,
+}
+
+/// Totals of a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Summary {
+    /// Its entries, the root included.
+    pub entries: u64,
+    /// The sum of the sizes of its regular files, each inode once.
+    pub logical_bytes: u64,
+}
+
+/// Produces a delta as chunks. The same two trees give the same bytes. After an error it must be dropped.
+#[derive(Debug)]
+pub struct DeltaWriter {
+    base: Option<Ahead>,
+    target: Ahead,
+    compare: Compare,
+    /// Where the stream starts; `None` once that was passed.
+    resume: Option<Position>,
+    out: Output,
+    /// The target's directories from the root to where the walk stands.
+    directories: Vec<Announced>,
+    /// First names of inodes that were sent: their further names are sent too. With the number still to come.
+    sent: HashMap<TreePath, u32>,
+    file: Option<FileJob>,
+    buffers: (Vec<u8>, Vec<u8>),
+    summary: Summary,
+    stop: Arc<AtomicBool>,
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Announced {
+    name: Vec<u8>,
+    metadata: Metadata,
+    sent: bool,
+}
+
+/// A file being compared and sent.
+#[derive(Debug)]
+struct FileJob {
+    path: TreePath,
+    blocks: Blocks,
+    size: u64,
+    basis: Basis,
+    from: Option<u64>,
+    /// What the record before the data holds; taken when it is sent.
+    metadata: Option<Metadata>,
+    nlink: u32,
+}
+
+impl DeltaWriter {
+    /// Starts a delta from `base` (nothing where there is none) to `target`, going on at `resume`.
+    pub fn new(base: Option<Side>, target: Side, compare: Compare, resume: Option<&ResumePoint>) -> Result<Self> {
+        let resume = resume.map(Position::from_point).transpose()?;
+        let mut writer = Self {
+            base: base.map(Ahead::new).transpose()?,
+            target: Ahead::new(target)?,
+            compare,
+            resume: resume.clone(),
+            out: Output::new(),
+            directories: Vec::new(),
+            sent: HashMap::new(),
+            file: None,
+            buffers: Default::default(),
+            summary: Summary::default(),
+            stop: Arc::default(),
+            ended: false,
+        };
+        writer.out.put(&Record::Start { magic: MAGIC, resume })?;
+        Ok(writer)
+    }
+
+    /// Sets how many bytes lie between two checkpoints; [`CHECKPOINT_INTERVAL`] otherwise.
+    #[must_use]
+    pub fn checkpoint_every(mut self, bytes: u64) -> Self {
+        self.out.interval = bytes;
+        self
+    }
+
+    /// Returns the flag that makes a call in another thread end early, with an error.
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+
+    /// Returns the next chunk: 256 KiB at most, never empty, `None` at the end.
+    pub fn next_chunk(&mut self) -> Result<Option<Bytes>> {
+        while self.out.bytes.len() < CHUNK_LIMIT && !self.ended {
+            if self.stop.load(Memory::Relaxed) {
+                let stopped = std::io::Error::from(std::io::ErrorKind::Interrupted);
+                return Err(Error::io("read delta of", self.target.walk_root(), stopped));
+            }
+            self.step()?;
+            if !self.ended {
+                self.out.checkpoint_if_due()?;
+            }
+        }
+        let length = self.out.bytes.len().min(CHUNK_LIMIT);
+        Ok((length > 0).then(|| self.out.bytes.split_to(length).freeze()))
+    }
+
+    /// Returns the target's totals; complete once the last chunk was returned.
+    pub fn summary(&self) -> Summary {
+        self.summary
+    }
+
+    /// Returns what was left out of the target.
+    pub fn take_findings(&mut self) -> Vec<Finding> {
+        self.target.walk.take_findings()
+    }
+
+    /// Does a bounded piece of work.
+    fn step(&mut self) -> Result<()> {
+        if self.file.is_some() {
+            return self.step_file();
+        }
+        let order = match (self.base.as_ref().and_then(|base| base.next.as_ref()), &self.target.next) {
+            (None, None) => return self.end(),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some(base), Some(target)) => base.path.cmp(&target.path),
+        };
+        match order {
+            Ordering::Less => self.removed(),
+            Ordering::Equal => {
+                // The base's walk stays at this entry until it was compared.
+                let base = self.base.as_mut().and_then(|base| base.next.take());
+                self.present(base)?;
+                self.advance(Ordering::Equal)
+            }
+            Ordering::Greater => {
+                self.present(None)?;
+                self.advance(Ordering::Greater)
+            }
+        }
+    }
+
+    fn advance(&mut self, order: Ordering) -> Result<()> {
+        if order == Ordering::Equal
+            && let Some(base) = &mut self.base
+        {
+            base.advance()?;
+        }
+        self.target.advance()
+    }
+
+    fn removed(&mut self) -> Result<()> {
+        let Some(base) = &mut self.base else { return Ok(()) };
+        let Some(entry) = base.next.take() else { return Ok(()) };
+        base.walk.skip_contents();
+        base.advance()?;
+        if self.passed(&entry.path) {
+            return Ok(());
+        }
+        let level = entry.path.level();
+        self.directories.truncate(level);
+        self.announce()?;
+        self.out.put(&Record::Remove { at: place(&entry.path) })
+    }
+
+    fn end(&mut self) -> Result<()> {
+        if let Some(Position { inside: Some(_), path }) = &self.resume {
+            return Err(stale(path, "the file is not there"));
+        }
+        self.out.end(self.summary)?;
+        self.ended = true;
+        Ok(())
+    }
+
+    /// Tells whether the receiver has this path already; forgets the resume point once it was passed.
+    fn passed(&mut self, path: &TreePath) -> bool {
+        let Some(resume) = &self.resume else { return false };
+        match path.cmp(&resume.path) {
+            Ordering::Less => true,
+            Ordering::Equal => resume.inside.is_none(),
+            Ordering::Greater => {
+                if resume.inside.is_none() {
+                    self.resume = None;
+                }
+                false
+            }
+        }
+    }
+
+    /// Compares the target's next entry with the base's of the same path, and sends it where they differ.
+    fn present(&mut self, base: Option<Entry>) -> Result<()> {
+        let Some(mut target) = self.target.next.take() else { return Ok(()) };
+        self.summary.entries += 1;
+        if let EntryKind::File { size } = target.kind {
+            self.summary.logical_bytes += size;
+        }
+        self.directories.truncate(target.path.level());
+        if base.as_ref().is_some_and(|base| base.kind == EntryKind::Directory && target.kind != EntryKind::Directory)
+            && let Some(base) = &mut self.base
+        {
+            base.walk.skip_contents();
+        }
+        if target.kind == EntryKind::Directory {
+            return self.directory(base, target);
+        }
+        if self.passed(&target.path) {
+            return self.skip(base, &target);
+        }
+        if let Some(Position { path, inside: Some(_) }) = &self.resume
+            && *path < target.path
+        {
+            return Err(stale(path, "the file is not there"));
+        }
+        match &target.kind {
+            EntryKind::HardLink { to } => {
+                let to = to.clone();
+                let resent = self.met(&to);
+                if resent || base.as_ref().is_none_or(|base| base.kind != target.kind) {
+                    self.announce()?;
+                    self.out.put(&Record::HardLink { at: place(&target.path), to })?;
+                }
+                Ok(())
+            }
+            EntryKind::File { .. } => self.start_file(base, target),
+            kind => {
+                if base.as_ref().is_some_and(|base| self.is_unchanged(base, &target)) {
+                    return Ok(());
+                }
+                let kind = kind.clone();
+                self.target.walk.load_attributes(&mut target)?;
+                if let Some(mut base) = base.filter(|base| base.kind == kind) {
+                    self.load_base(&mut base)?;
+                    if base.has_metadata_of(&target) {
+                        return Ok(());
+                    }
+                }
+                let Some(kind) = NodeKind::of(&kind) else { return Ok(()) };
+                self.announce()?;
+                self.mark_sent(&target.path, target.stat.nlink);
+                let metadata = Metadata::from(&target);
+                self.out.put(&Record::Node { at: place(&target.path), metadata, kind })
+            }
+        }
+    }
+
+    fn directory(&mut self, base: Option<Entry>, mut target: Entry) -> Result<()> {
+        self.target.walk.load_attributes(&mut target)?;
+        let name = target.path.name().to_vec();
+        self.directories.push(Announced { name, metadata: Metadata::from(&target), sent: false });
+        if let Some(resume) = &self.resume
+            && resume.path.is_within(&target.path)
+        {
+            // The receiver holds its metadata back until it is left, and does not keep that over a break.
+            return self.announce();
+        }
+        if self.passed(&target.path) {
+            return Ok(());
+        }
+        match base {
+            Some(mut base) if base.kind == EntryKind::Directory => {
+                self.load_base(&mut base)?;
+                if base.has_metadata_of(&target) { Ok(()) } else { self.announce() }
+            }
+            _ => self.announce(),
+        }
+    }
+
+    /// An entry before the resume point: notes what later entries depend on.
+    fn skip(&mut self, base: Option<Entry>, target: &Entry) -> Result<()> {
+        if let EntryKind::HardLink { to } = &target.kind {
+            self.met(to);
+        } else if base.is_none_or(|base| !self.is_unchanged(&base, target)) {
+            // Whether it was sent is not known without reading; sending its other names again does no harm.
+            self.mark_sent(&target.path, target.stat.nlink);
+        }
+        Ok(())
+    }
+
+    fn start_file(&mut self, base: Option<Entry>, mut target: Entry) -> Result<()> {
+        let from = self.resume.take_if(|resume| resume.path == target.path).and_then(|resume| resume.inside);
+        if from.is_none() && base.as_ref().is_some_and(|base| self.is_unchanged(base, &target)) {
+            return Ok(());
+        }
+        let size = target.stat.size;
+        if from.is_some_and(|from| from > size) {
+            return Err(stale(&target.path, "the file is shorter"));
+        }
+        self.target.walk.load_attributes(&mut target)?;
+        // A file that was a further name and is not any more needs an inode of its own, so it is always sent.
+        let mut send = from.is_some();
+        let mut same_contents = false;
+        let mut old = None;
+        let is_file = self.base.as_ref().is_some_and(|base| base.walk.last_type() == FileType::RegularFile);
+        if let (Some(mut entry), true) = (base, is_file) {
+            self.load_base(&mut entry)?;
+            send |= !matches!(entry.kind, EntryKind::File { .. });
+            send |= !entry.has_metadata_of(&target) || entry.stat.size != size;
+            same_contents = entry.stat.size == size && self.has_equal_digest();
+            if let Some(base) = &mut self.base {
+                old = Some(Version::new(base.walk.open_last(OFlags::RDONLY)?, entry.stat.size));
+            }
+        }
+        let basis = if old.is_some() { Basis::Existing } else { Basis::Fresh };
+        send |= basis == Basis::Fresh;
+        let file = Version::new(self.target.walk.open_last(OFlags::RDONLY)?, size);
+        advise(&file);
+        let start = if same_contents { size } else { from.unwrap_or(0) };
+        let job = FileJob {
+            blocks: Blocks::new(file, old, start, std::mem::take(&mut self.buffers)),
+            size,
+            basis,
+            from,
+            metadata: Some(Metadata::from(&target)),
+            nlink: target.stat.nlink,
+            path: target.path,
+        };
+        if send {
+            self.announce()?;
+        }
+        let job = self.file.insert(job);
+        if send {
+            let (path, nlink) = (job.path.clone(), job.nlink);
+            self.out.file(job)?;
+            self.mark_sent(&path, nlink);
+        }
+        Ok(())
+    }
+
+    /// Looks at one piece of the current file.
+    fn step_file(&mut self) -> Result<()> {
+        let Some(mut job) = self.file.take() else { return Ok(()) };
+        let found = job.blocks.next().map_err(|error| match error {
+            Errno::STALE => Error::new(
+                "read",
+                &job.path,
+                ErrorKind::Tampered {
+                    path: job.path.as_path().to_owned(),
+                    what: "it became shorter while it was read".to_owned(),
+                },
+            ),
+            error => Error::io("read", &job.path, error),
+        })?;
+        if matches!(found, Found::Data(..) | Found::Hole(..)) && job.metadata.is_some() {
+            self.announce()?;
+            self.out.file(&mut job)?;
+            self.mark_sent(&job.path, job.nlink);
+        }
+        match found {
+            Found::Data(offset, range) => {
+                self.out.put(&Record::Data { offset, bytes: Raw(&job.blocks.window()[range]) })?;
+            }
+            Found::Hole(offset, length) => self.out.put(&Record::Hole { offset, length })?,
+            Found::Nothing => {}
+            Found::End => {
+                self.buffers = job.blocks.into_buffers();
+                return Ok(());
+            }
+        }
+        self.file = Some(job);
+        Ok(())
+    }
+
+    /// Tells, from what the file systems and inventories say, that nothing about an entry changed.
+    fn is_unchanged(&self, base: &Entry, target: &Entry) -> bool {
+        if self.compare == Compare::Contents
+            || base.kind != target.kind
+            || (base.mode, base.uid, base.gid, base.mtime) != (target.mode, target.uid, target.gid, target.mtime)
+        {
+            return false;
+        }
+        if target.stat.is_unchanged_since(&base.stat) {
+            return true;
+        }
+        let origin = |ahead: &Ahead| ahead.walk.recorded().and_then(|recorded| recorded.origin);
+        let origins = (self.base.as_ref().and_then(origin), origin(&self.target));
+        matches!(origins, (Some(base), Some(target)) if target.is_unchanged_since(&base))
+    }
+
+    /// Tells whether both inventories hold the same digest for the entries at hand.
+    fn has_equal_digest(&self) -> bool {
+        let digest = |ahead: &Ahead| ahead.walk.recorded().and_then(|recorded| recorded.digest);
+        let base = self.base.as_ref().and_then(digest);
+        self.compare == Compare::Metadata && base.is_some() && base == digest(&self.target)
+    }
+
+    fn load_base(&mut self, entry: &mut Entry) -> Result<()> {
+        self.base.as_mut().map_or(Ok(()), |base| base.walk.load_attributes(entry))
+    }
+
+    /// Remembers that an inode was sent, while names of it are to come.
+    fn mark_sent(&mut self, path: &TreePath, nlink: u32) {
+        if nlink > 1 {
+            self.sent.insert(path.clone(), nlink - 1);
+        }
+    }
+
+    /// Meets a further name of an inode; tells whether the inode was sent.
+    fn met(&mut self, first: &TreePath) -> bool {
+        let Some(left) = self.sent.get_mut(first) else { return false };
+        *left -= 1;
+        if *left == 0 {
+            self.sent.remove(first);
+        }
+        true
+    }
+
+    /// Sends the directories on the way that were not sent yet.
+    fn announce(&mut self) -> Result<()> {
+        for (level, directory) in self.directories.iter_mut().enumerate() {
+            if !directory.sent {
+                directory.sent = true;
+                let at = Place { level: level as u32, name: Raw(&directory.name) };
+                self.out.put(&Record::Directory { at, metadata: directory.metadata.clone() })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A walk and the entry it stands at. The walk is moved on only after that entry was dealt with, so that the entry's
+/// file can still be opened.
+#[derive(Debug)]
+struct Ahead {
+    walk: Walk,
+    next: Option<Entry>,
+    shown: String,
+}
+
+impl Ahead {
+    fn new(side: Side) -> Result<Self> {
+        let shown = side.root.path().display().to_string();
+        let walk = Walk::with(side.root, side.links, Motion::Still, Attributes::OnDemand);
+        let mut ahead = Self { walk, next: None, shown };
+        ahead.advance()?;
+        Ok(ahead)
+    }
+
+    fn advance(&mut self) -> Result<()> {
+        self.next = self.walk.next().transpose()?;
+        Ok(())
+    }
+
+    fn walk_root(&self) -> &str {
+        &self.shown
+    }
+}
+
+/// The stream as it grows: frames, the digest since the last checkpoint.
+#[derive(Debug)]
+struct Output {
+    bytes: BytesMut,
+    scratch: Vec<u8>,
+    hasher: blake3::Hasher,
+    since_checkpoint: u64,
+    interval: u64,
+}
+
+impl Output {
+    fn new() -> Self {
+        Self {
+            bytes: BytesMut::with_capacity(2 * CHUNK_LIMIT),
+            scratch: Vec::new(),
+            hasher: blake3::Hasher::new(),
+            since_checkpoint: 0,
+            interval: CHECKPOINT_INTERVAL,
+        }
+    }
+
+    fn put(&mut self, record: &Record<'_>) -> Result<()> {
+        let mut frame = std::mem::take(&mut self.scratch);
+        frame.clear();
+        frame.extend_from_slice(&[0; FRAME_HEAD]);
+        let mut frame = postcard::to_extend(record, frame)
+            .map_err(|error| Error::new("write delta", "record", ErrorKind::Corrupt(error.to_string())))?;
+        let length = frame.len() - FRAME_HEAD;
+        if length > FRAME_LIMIT {
+            let why = "the extended attributes are larger than 8 MiB".to_owned();
+            return Err(Error::new("write delta", "record", ErrorKind::Unsupported(why)));
+        }
+        frame[..FRAME_HEAD].copy_from_slice(&(length as u32).to_le_bytes());
+        if !matches!(record, Record::Checkpoint { .. } | Record::End { .. }) {
+            self.hasher.update(&frame);
+            self.since_checkpoint += frame.len() as u64;
+        }
+        self.bytes.extend_from_slice(&frame);
+        self.scratch = frame;
+        Ok(())
+    }
+
+    /// Sends what goes before a file's data.
+    fn file(&mut self, job: &mut FileJob) -> Result<()> {
+        let Some(metadata) = job.metadata.take() else { return Ok(()) };
+        let (at, size, basis, from) = (place(&job.path), job.size, job.basis, job.from);
+        self.put(&Record::File { at, metadata, size, basis, from })
+    }
+
+    fn digest(&mut self) -> [u8; 32] {
+        let digest = *self.hasher.finalize().as_bytes();
+        self.hasher.reset();
+        self.since_checkpoint = 0;
+        digest
+    }
+
+    fn checkpoint_if_due(&mut self) -> Result<()> {
+        if self.since_checkpoint < self.interval {
+            return Ok(());
+        }
+        let digest = self.digest();
+        self.put(&Record::Checkpoint { digest })
+    }
+
+    fn end(&mut self, summary: Summary) -> Result<()> {
+        let digest = self.digest();
+        let Summary { entries, logical_bytes } = summary;
+        self.put(&Record::End { entries, logical_bytes, digest })
+    }
+}
+
+fn place(path: &TreePath) -> Place<'_> {
+    Place { level: path.level() as u32, name: Raw(path.name()) }
+}
+
+fn stale(path: &TreePath, why: &str) -> Error {
+    Error::new("resume delta at", path, ErrorKind::ResumeStale(why.to_owned()))
+}
+
+/// Tells the kernel that a large file is read from front to back.
+fn advise(version: &Version) {
+    const LARGE: u64 = 1024 * 1024;
+    if version.size >= LARGE {
+        let _ = rustix::fs::fadvise(version.file.as_fd(), 0, None, rustix::fs::Advice::Sequential);
+    }
+}
