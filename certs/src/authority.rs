@@ -66,9 +66,8 @@ impl Authority {
     pub fn load(dir: &Path) -> Result<Self> {
         let key_path = dir.join(KEY_FILE);
         let key_der = store::read(dir, KEY_FILE, Content::PrivateKey)?;
-        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key_der)).map_err(|_| {
-            Error::new("read", key_path.display(), ErrorKind::Malformed("it is not a key".to_owned()))
-        })?;
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key_der))
+            .map_err(|_| Error::new("read", key_path.display(), ErrorKind::Malformed("it is not a key".to_owned())))?;
         let certificate = store::read(dir, CERTIFICATE_FILE, Content::Certificate)?;
         Self::assemble(cluster_of_authority(&certificate)?, certificate, key)
     }
@@ -149,9 +148,8 @@ impl Authority {
     fn has_its_own_key(&self) -> Result<bool> {
         let mut probe = CertificateParams::default();
         probe.serial_number = Some(SerialNumber::from_slice(&[1]));
-        let probe = probe
-            .self_signed(self.issuer.key())
-            .map_err(|error| crypto("use", "the authority's key", &error))?;
+        let probe =
+            probe.self_signed(self.issuer.key()).map_err(|error| crypto("use", "the authority's key", &error))?;
         is_signed_by(probe.der(), &self.certificate)
     }
 }
