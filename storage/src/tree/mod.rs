@@ -13,6 +13,8 @@ pub mod copy;
 mod data;
 pub mod entry;
 mod findings;
+#[cfg(test)]
+mod hostile_tests;
 pub mod inventory;
 pub mod listing;
 pub mod path;
