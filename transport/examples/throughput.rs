@@ -11,6 +11,7 @@ use bytes::Bytes;
 use common::*;
 use flocker_transport::{BoxError, ChunkSink, ChunkSource, Incoming, Outgoing, OutgoingLimits};
 use rand::{RngCore, SeedableRng, rngs::StdRng};
+use tokio::task::JoinSet;
 
 const CHUNK: usize = 256 * 1024;
 
@@ -62,12 +63,13 @@ async fn main() {
             let link = client.open_bulk(1).await.unwrap();
             Outgoing::new(OutgoingLimits::default()).run(link, 0, &mut source, &|_| ()).await.unwrap()
         };
-        let receive = tokio::spawn(async move {
+        let mut receiver = JoinSet::new();
+        receiver.spawn(async move {
             let link = server.accept_bulk(1).await.unwrap();
             Incoming::new().run(link, &mut Discard, &|_| ()).await.unwrap();
             server
         });
-        let (sent, _server) = tokio::join!(send, receive);
+        let (sent, _server) = tokio::join!(send, receiver.join_next());
         let seconds = begin.elapsed().as_secs_f64();
         println!(
             "{what:>15}: {:>7.1} MB/s raw, {:>7.1} MB/s on the wire, ratio {:.2}",

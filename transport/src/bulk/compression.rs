@@ -86,7 +86,7 @@ impl Pacer {
         self.window_wait += wait;
     }
 
-    /// The network had to wait for a frame to be compressed: the processors are slow.
+    /// The source had to wait until earlier frames were compressed: the processors are slow.
     pub(super) fn waited_for_encoder(&mut self, wait: Duration) {
         self.encode_wait += wait;
     }

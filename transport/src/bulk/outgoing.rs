@@ -27,6 +27,9 @@ use crate::{
 
 /// Smaller chunks of the source are put together until there is this much.
 const GATHER: usize = FRAME_RAW / 2;
+/// Frames compressed at once: as many as processors, and no more, so that waiting for them shows that the processors
+/// are the bottleneck.
+const MOST_ENCODERS: usize = 4;
 /// A sign of life is sent this many times within `no_progress`.
 pub(super) const SIGNS_OF_LIFE: u32 = 4;
 
@@ -79,7 +82,8 @@ impl Outgoing {
     ) -> Result<Sent, BulkError> {
         let BulkStream { connection, mut send, recv } = link;
         let mut acks = Reader::new(recv);
-        let run = Run { shared: &self.shared, limits: &self.limits, link_lost: CancellationToken::new() };
+        let encoders = std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST_ENCODERS));
+        let run = Run { shared: &self.shared, limits: &self.limits, encoders, link_lost: CancellationToken::new() };
         if let Err(what) = self.shared.queue().check_resume(resume_from_seq) {
             connection.close(CloseCode::Protocol.varint(), b"resume");
             return Err(BulkError::Corrupt(what));
@@ -248,6 +252,10 @@ impl Queue {
         Ok(())
     }
 
+    fn has_room(&self, window: usize) -> bool {
+        self.frames.is_empty() || self.held + FRAME_RAW <= window
+    }
+
     fn is_done(&self) -> bool {
         self.ended && self.frames.is_empty()
     }
@@ -310,6 +318,7 @@ impl Feeder {
 struct Run<'a> {
     shared: &'a Arc<Shared>,
     limits: &'a OutgoingLimits,
+    encoders: usize,
     link_lost: CancellationToken,
 }
 
@@ -320,9 +329,7 @@ impl Run<'_> {
             if !self.wait_for_room().await {
                 return Ok(());
             }
-            while let Some(encoded) = feeder.encoding.try_join_next() {
-                encoded?;
-            }
+            self.wait_for_encoder(feeder).await?;
             match feeder.next(source).await? {
                 Some(raw) => {
                     feeder.hash(raw.clone()).await?;
@@ -351,18 +358,32 @@ impl Run<'_> {
             if self.link_lost.is_cancelled() {
                 return false;
             }
-            let mut queue = self.shared.queue();
-            if queue.frames.is_empty() || queue.held + FRAME_RAW <= self.limits.window {
-                queue.pacer.waited_for_window(since.elapsed());
+            if self.shared.queue().has_room(self.limits.window) {
+                self.shared.queue().pacer.waited_for_window(since.elapsed());
                 return true;
             }
-            drop(queue);
             tokio::select! {
                 biased;
                 () = self.link_lost.cancelled() => return false,
                 () = self.shared.room.notified() => {}
             }
         }
+    }
+
+    /// Waits until one more frame may be compressed.
+    async fn wait_for_encoder(&self, feeder: &mut Feeder) -> Result<(), BoxError> {
+        while let Some(encoded) = feeder.encoding.try_join_next() {
+            encoded?;
+        }
+        if feeder.encoding.len() < self.encoders {
+            return Ok(());
+        }
+        let since = Instant::now();
+        if let Some(encoded) = feeder.encoding.join_next().await {
+            encoded?;
+        }
+        self.shared.queue().pacer.waited_for_encoder(since.elapsed());
+        Ok(())
     }
 
     /// Numbers a frame, and has it compressed where that pays.
@@ -406,7 +427,7 @@ impl Run<'_> {
         loop {
             let frame = self.shared.queue().ready(next);
             let Some(Frame { header, payload }) = frame else {
-                self.wait_for_frame(send, next).await?;
+                self.wait_for_frame(send).await?;
                 continue;
             };
             let written = HEADER_LEN + payload.len();
@@ -419,15 +440,10 @@ impl Run<'_> {
         }
     }
 
-    async fn wait_for_frame(&self, send: &mut quinn::SendStream, next: u64) -> Result<(), LinkError> {
-        let since = Instant::now();
-        let is_encoding = self.shared.queue().slot(next).is_some();
+    async fn wait_for_frame(&self, send: &mut quinn::SendStream) -> Result<(), LinkError> {
         let signs = self.limits.no_progress / SIGNS_OF_LIFE;
         if tokio::time::timeout(signs, self.shared.ready.notified()).await.is_err() {
             self.sent(send.write_all(&Header::ALIVE.encode()).await).await?;
-        }
-        if is_encoding {
-            self.shared.queue().pacer.waited_for_encoder(since.elapsed());
         }
         Ok(())
     }
