@@ -87,9 +87,7 @@ impl Endpoint {
         let transport = Arc::new(transport(&limits));
         let initial = server_config(&credentials, Vec::new(), None, Verdict::default(), &transport).map_err(failed)?;
         let socket = UdpSocket::bind(addr).map_err(io)?;
-        // Best effort: the kernel caps them (net.core.rmem_max), and a small buffer only costs speed.
-        let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER);
-        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER);
+        widen_buffers(&socket);
         let quic = quinn::Endpoint::new(
             quinn::EndpointConfig::default(),
             Some(initial),
@@ -314,6 +312,18 @@ impl std::fmt::Debug for Arrival {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Arrival").field("remote_addr", &self.remote_addr()).finish_non_exhaustive()
     }
+}
+
+/// Best effort: the kernel caps the sizes for users without `CAP_NET_ADMIN` (net.core.rmem_max), and a small buffer only costs
+/// speed: a burst overruns it, and the congestion controller slows down.
+fn widen_buffers(socket: &UdpSocket) {
+    use rustix::net::sockopt::{
+        set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
+    };
+    if set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER).is_err() {
+        let _ = set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
+    }
+    let _ = set_socket_send_buffer_size(socket, SOCKET_BUFFER);
 }
 
 fn warn_of_rejection(error: &Error, what: &'static str) {

@@ -16,6 +16,8 @@
 
 mod compression;
 mod frame;
+#[cfg(test)]
+mod hostile;
 mod incoming;
 mod outgoing;
 

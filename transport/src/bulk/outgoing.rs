@@ -68,6 +68,11 @@ impl Outgoing {
         Self { limits, shared: Arc::new(shared), feeder: Feeder::default() }
     }
 
+    /// Returns the sequence number of the oldest frame that is still kept: the first that a receiver may ask for.
+    pub fn oldest_sequence(&self) -> u64 {
+        self.shared.queue().first
+    }
+
     /// Sends what the receiver lacks from `resume_from_seq` on (its [`next_sequence`](super::Incoming::next_sequence)),
     /// goes on with the source to its end, and returns when the receiver has consumed all of it.
     ///
