@@ -1,0 +1,239 @@
+//! The bytes of every message and code, frozen: a change here is a change of the protocol. And hostile bytes.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use bytes::Bytes;
+use flocker_replication::{
+    message::*,
+    plan::{Direction, Outcome, Point, Points, UnrelatedReason, Verdict},
+};
+use flocker_storage::{
+    delta::{DeltaFormat, Partial, RESUME_POINT_LIMIT, ResumePoint},
+    model::*,
+};
+use proptest::prelude::*;
+use support::*;
+use uuid::Uuid;
+
+fn point(number: u128) -> Point {
+    Point::from(&held(number, &[]))
+}
+
+fn points(numbers: &[u128]) -> Points {
+    Points::new(&chain(numbers))
+}
+
+fn outcome(verdict: Verdict) -> Outcome {
+    Outcome {
+        direction: Direction::Push,
+        volume: "db".parse().unwrap(),
+        name: "db".parse().unwrap(),
+        sender: host("host-a"),
+        receiver: host("host-b"),
+        want: point(2),
+        verdict,
+    }
+}
+
+fn verdicts() -> [Verdict; 6] {
+    [
+        Verdict::UpToDate,
+        Verdict::FastForward { base: Some(point(1)), missing: points(&[2]) },
+        Verdict::Behind { newer: points(&[3]) },
+        Verdict::Diverged {
+            common: point(1),
+            only_sender: points(&[2]),
+            only_receiver: points(&[3]),
+            receiver_name: "s1".parse().unwrap(),
+            head: HeadState::Dirty,
+        },
+        Verdict::Unrelated {
+            reason: UnrelatedReason::NoCommonSnapshot,
+            receiver_volume: volume(DB),
+            receiver_tip: Some(point(3)),
+        },
+        Verdict::Dirty { tip: None },
+    ]
+}
+
+fn messages() -> Vec<Message> {
+    let transfer = Uuid::from_u128(7);
+    let db: VolumeName = "db".parse().unwrap();
+    let resume = ResumePoint(Bytes::from_static(b"point"));
+    let mut snapshot = held(2, &[1]).snapshot;
+    snapshot.metadata.insert("why".to_owned(), "test".to_owned());
+    let base = Some(SnapshotKey { volume: volume(DB), snapshot: id(1) });
+    let partial = Partial {
+        volume: volume(DB),
+        snapshot: snapshot.clone(),
+        base,
+        format: DeltaFormat::tree(),
+        point: resume.clone(),
+        received_bytes: 9,
+    };
+    let mut full_answer = answer(Some(&chain(&[1])));
+    full_answer.mounted = Some("/mnt/db".to_owned());
+    full_answer.elsewhere = vec![SnapshotKey { volume: volume(77), snapshot: id(1) }];
+    full_answer.partial = Some(partial);
+    let problem = Problem::new(ProblemCode::Busy).with("volume", "db");
+    let mut all = vec![
+        Message::Offer(Box::new(offer(&chain(&[1, 2]), 2))),
+        Message::PullRequest(Box::new(PullRequest {
+            protocol: PROTOCOL,
+            transfer,
+            volume: db.clone(),
+            snapshot: Some("s2".parse().unwrap()),
+            name: "copy".parse().unwrap(),
+            policy: DivergencePolicy::Theirs,
+            mode: Mode::DryRun,
+            receiver: host("host-b"),
+        })),
+        Message::Describe(Describe { protocol: PROTOCOL, volume: db }),
+        Message::Description(Box::new(Description {
+            volume: record(DB, "db"),
+            lineage: lineage(&chain(&[1])),
+            head: HeadState::Dirty,
+            mounted: None,
+            formats: vec![DeltaFormat::tree()],
+            host: host("host-b"),
+        })),
+        Message::Answer(Box::new(full_answer)),
+        Message::BeginStep(Box::new(BeginStep {
+            step: 1,
+            snapshot,
+            unchanged: false,
+            logical_bytes: 2000,
+            base,
+            format: DeltaFormat::tree(),
+            stream: StepStream { id: transfer, oldest_frame: 3 },
+            resume: Some(resume.clone()),
+        })),
+        Message::StepReady(StepReady { step: 1, start: StepStart::Beginning }),
+        Message::StepReady(StepReady { step: 1, start: StepStart::Frame(300) }),
+        Message::StepReady(StepReady { step: 1, start: StepStart::Point(resume) }),
+        Message::StepDone(Box::new(StepDone { step: 1, held: held(2, &[1]) })),
+    ];
+    all.extend(verdicts().map(|verdict| Message::Conclude(Box::new(outcome(verdict)))));
+    all.extend([Message::Finish, Message::Finished, Message::Problem(problem)]);
+    all.extend([Message::Reserved12, Message::Reserved13, Message::Reserved14, Message::Reserved15]);
+    all
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn every_message_keeps_its_bytes() {
+    let lines: Vec<String> = messages()
+        .iter()
+        .map(|message| {
+            let bytes = postcard::to_allocvec(message).unwrap();
+            assert_eq!(&postcard::from_bytes::<Message>(&bytes).unwrap(), message);
+            format!("{} {}", message.kind().replace(' ', "-"), hex(&bytes))
+        })
+        .collect();
+    let golden: Vec<&str> = include_str!("../testdata/messages.hex").lines().collect();
+    assert_eq!(lines, golden);
+}
+
+#[test]
+fn every_problem_code_keeps_its_number() {
+    let codes = [
+        (ProblemCode::NotPermitted, "not-permitted"),
+        (ProblemCode::UnknownVolume, "unknown-volume"),
+        (ProblemCode::UnknownSnapshot, "unknown-snapshot"),
+        (ProblemCode::NameTaken, "name-taken"),
+        (ProblemCode::Busy, "busy"),
+        (ProblemCode::InUse, "in-use"),
+        (ProblemCode::NoSpace, "no-space"),
+        (ProblemCode::StepMismatch, "step-mismatch"),
+        (ProblemCode::DigestMismatch, "digest-mismatch"),
+        (ProblemCode::UnknownFormat, "unknown-format"),
+        (ProblemCode::Tampered, "tampered"),
+        (ProblemCode::ResumeStale, "resume-stale"),
+        (ProblemCode::VersionMismatch, "version-mismatch"),
+        (ProblemCode::PermissionDenied, "permission-denied"),
+        (ProblemCode::ShuttingDown, "shutting-down"),
+        (ProblemCode::Internal, "internal"),
+        (ProblemCode::ProtocolViolation, "protocol-violation"),
+        (ProblemCode::Malformed, "malformed"),
+        (ProblemCode::PolicyUnsupported, "policy-unsupported"),
+        (ProblemCode::LimitExceeded, "limit-exceeded"),
+        (ProblemCode::Cancelled, "cancelled"),
+        (ProblemCode::TimedOut, "timed-out"),
+        (ProblemCode::Reserved22, "reserved22"),
+        (ProblemCode::Reserved23, "reserved23"),
+        (ProblemCode::Reserved24, "reserved24"),
+        (ProblemCode::Reserved25, "reserved25"),
+    ];
+    for (number, (code, _)) in (0_u8..).zip(codes) {
+        assert_eq!(postcard::to_allocvec(&code).unwrap(), [number], "{code:?}");
+        let sentence = Problem::new(code).describe();
+        assert!(!sentence.is_empty() && !sentence.contains("  ") && !sentence.ends_with('.'), "{sentence}");
+    }
+    let said = Problem::new(ProblemCode::InUse).with("volume", "db").with("path", "/mnt/db\u{1b}[2J");
+    assert_eq!(said.describe(), "volume db is mounted at /mnt/db\\u{1b}[2J");
+    assert!(Problem::new(ProblemCode::Busy).is_transient() && !Problem::new(ProblemCode::NoSpace).is_transient());
+}
+
+#[test]
+fn what_breaks_a_limit_is_refused() {
+    let rule = |message: Message| message.validate().unwrap_err().rule;
+    let offered = |change: &dyn Fn(&mut Offer)| {
+        let mut offer = offer(&chain(&[1, 2]), 2);
+        change(&mut offer);
+        rule(Message::Offer(Box::new(offer)))
+    };
+    assert!(offered(&|offer| offer.want = id(9)).contains("lacks the wanted snapshot"));
+    assert!(offered(&|offer| offer.lineage.snapshots.push(held(1, &[]))).contains("twice"));
+    assert!(offered(&|offer| offer.lineage.snapshots[0] = held(1, &[5, 6, 7])).contains("3 parents"));
+    assert!(offered(&|offer| offer.lineage.snapshots[0] = held(1, &[1])).contains("its own parent"));
+    assert!(offered(&|offer| offer.lineage.snapshots[0] = held(1, &[5, 5])).contains("a parent twice"));
+    assert!(offered(&|offer| offer.formats = vec![DeltaFormat(String::new())]).contains("format's name"));
+    assert!(offered(&|offer| offer.formats = vec![DeltaFormat::tree(); FORMATS_LIMIT + 1]).contains("formats"));
+    let metadata = |offer: &mut Offer| {
+        offer.lineage.snapshots[0].snapshot.metadata.insert("a".to_owned(), "b".to_owned());
+    };
+    assert!(offered(&metadata).contains("metadata"));
+    let many: Vec<_> = (0..=LINEAGE_LIMIT as u128).map(|number| held(number, &[])).collect();
+    assert!(offered(&|offer| offer.lineage.snapshots = many.clone()).contains("20000 at most"));
+    let long = ResumePoint(vec![0; RESUME_POINT_LIMIT + 1].into());
+    assert!(rule(Message::StepReady(StepReady { step: 0, start: StepStart::Point(long) })).contains("resume point"));
+    assert!(rule(Message::Reserved13).contains("no such message"));
+    let kept = messages().into_iter().filter(|message| message.kind() != "reserved message");
+    assert!(kept.into_iter().all(|message| message.validate().is_ok()));
+}
+
+#[test]
+fn the_longest_lineage_fits_the_message_limit() {
+    let mut one = named(1, &[2, 3], &"n".repeat(NAME_LIMIT));
+    one.snapshot.host.name = "h".repeat(NAME_LIMIT).parse().unwrap();
+    one.snapshot.created = jiff::Timestamp::MAX;
+    one.logical_bytes = u64::MAX;
+    let bytes = postcard::to_allocvec(&one).unwrap().len() * LINEAGE_LIMIT;
+    assert!(bytes + 33 * ELSEWHERE_LIMIT + 256 * 1024 < MESSAGE_LIMIT, "{bytes}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 5_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_bytes_are_an_error_or_a_message_that_can_be_judged(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        which in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(), flip in 1_u8..,
+    ) {
+        let mut flipped = postcard::to_allocvec(which.get(&messages())).unwrap();
+        let at = at.index(flipped.len());
+        flipped[at] ^= flip;
+        for bytes in [&bytes[..], &flipped[..], &flipped[..at]] {
+            if let Ok(message) = postcard::from_bytes::<Message>(bytes) {
+                let _ = message.validate();
+                if let Message::Problem(problem) = message {
+                    problem.describe();
+                }
+            }
+        }
+    }
+}
