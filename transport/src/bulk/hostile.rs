@@ -121,3 +121,14 @@ async fn a_sender_refuses_to_resume_where_it_keeps_nothing() {
     let error = Outgoing::new(OutgoingLimits::default()).run(link, 3, &mut Nothing, &|_| ()).await.unwrap_err();
     assert!(matches!(error, BulkError::Corrupt(_)), "{error:?}");
 }
+
+/// The node runs both halves on tasks.
+#[test]
+fn runs_can_be_spawned() {
+    fn sendable<T: Send>(_: &T) {}
+    fn both(outgoing: &mut Outgoing, incoming: &mut Incoming, one: BulkStream, other: BulkStream) {
+        sendable(&outgoing.run(one, 0, &mut Nothing, &|_| ()));
+        sendable(&incoming.run(other, &mut Nothing, &|_| ()));
+    }
+    let _: fn(&mut Outgoing, &mut Incoming, BulkStream, BulkStream) = both;
+}
