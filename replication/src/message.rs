@@ -4,7 +4,7 @@
 //! ([`Message::validate`]). Refuses to know streams and frames (transport) and what is done about a message (node).
 //! Neighbours: [`crate::problem`] errors as codes and facts, [`crate::plan`] the outcome that a sender concludes.
 //!
-//! # The story on one stream (docs/PROTOCOL-messages.md has it in full)
+//! # The story on one stream (docs/PROTOCOL.md has it in full)
 //! | who | sends | the other side answers |
 //! |---|---|---|
 //! | opener, to push | [`Offer`] | [`Answer`] |
