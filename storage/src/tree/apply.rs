@@ -345,7 +345,7 @@ impl Applier {
             (None, Basis::Fresh) => (self.builder.create_file(&name)?, Origin::Fresh),
             (None, Basis::Existing) => self.take_base(&path, &name)?,
         };
-        let length = self.length(&fd, &name)?;
+        let length = if (from, basis) == (None, Basis::Fresh) { 0 } else { self.length(&fd, &name)? };
         let written = from.unwrap_or(0);
         let mut file = OpenFile { fd, name, path, metadata, origin, size, written, length };
         if file.length > size || (from.is_none() && file.length > 0) {

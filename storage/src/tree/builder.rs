@@ -275,9 +275,9 @@ impl Builder {
     ) -> Result<()> {
         let owned = rustix::fs::fchown(file, owner(metadata).0, owner(metadata).1);
         let keeps_owner = self.owner_was_set(name, owned, metadata, file)?;
-        let top = self.dirs.top()?.try_clone_to_owned();
-        let top = if metadata.xattrs.is_empty() && origin == Origin::Fresh { None } else { top.ok() };
-        if let Some(top) = top {
+        if !metadata.xattrs.is_empty() || origin == Origin::Existing {
+            let top = self.dirs.top()?.try_clone_to_owned();
+            let top = top.map_err(|error| Error::io("open", self.dirs.show(b""), error))?;
             self.write_xattrs(top.as_fd(), name, metadata, origin)?;
         }
         let set = rustix::fs::fchmod(file, mode(metadata, keeps_owner))

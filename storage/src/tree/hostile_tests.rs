@@ -42,7 +42,8 @@ impl Yard {
     }
 
     fn check_outside(&self) {
-        let names: Vec<_> = fs::read_dir(self.folder.path().join("outside")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let names: Vec<_> =
+            fs::read_dir(self.folder.path().join("outside")).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["canary"]);
         assert_eq!(fs::read(self.folder.path().join("outside/canary")).unwrap(), b"untouched");
         assert_eq!(fs::read_dir(self.folder.path()).unwrap().count(), 2);
@@ -158,7 +159,8 @@ fn nothing_is_made_through_a_symbolic_link() {
     let yard = Yard::new();
     yard.accepted(&[root(), file(b"door", 1), data(0, b"x")]);
     assert!(fs::symlink_metadata(yard.dest.join("door")).unwrap().is_file());
-    let existing = Record::File { at: at(1, b"door"), metadata: metadata(), size: 1, basis: Basis::Existing, from: None };
+    let existing =
+        Record::File { at: at(1, b"door"), metadata: metadata(), size: 1, basis: Basis::Existing, from: None };
     Yard::new().refused(&[root(), existing, data(0, b"x")], "base does not have");
 }
 
@@ -263,7 +265,8 @@ fn damage_and_cuts_are_noticed() {
 
 #[test]
 fn a_file_goes_on_only_where_it_was_left() {
-    let goes_on = Record::File { at: at(1, b"file"), metadata: metadata(), size: 9, basis: Basis::Existing, from: Some(2) };
+    let goes_on =
+        Record::File { at: at(1, b"file"), metadata: metadata(), size: 9, basis: Basis::Existing, from: Some(2) };
     Yard::new().refused(&[root(), goes_on], "was not left");
     let resume = Some(Position { path: TreePath::parse(b"file").unwrap(), inside: Some(2) });
     Yard::new().refused_bytes(&frame(&Record::Start { magic: MAGIC, resume }), "elsewhere");

@@ -39,7 +39,7 @@ pub struct InventoryEntry {
 
 #[derive(Serialize, Deserialize)]
 enum Record {
-    Entry(InventoryEntry),
+    Entry(Box<InventoryEntry>),
     End { entries: u64 },
 }
 
@@ -72,7 +72,7 @@ impl InventoryWriter {
         }
         self.last = Some(entry.entry.path.clone());
         self.entries += 1;
-        self.record(&Record::Entry(entry))
+        self.record(&Record::Entry(Box::new(entry)))
     }
 
     /// Ends the inventory and makes it durable.
@@ -153,7 +153,7 @@ impl InventoryReader {
                 }
                 self.last = Some(entry.entry.path.clone());
                 self.entries += 1;
-                Ok(Some(entry))
+                Ok(Some(*entry))
             }
             Record::End { entries } if entries == self.entries => {
                 match self

@@ -255,6 +255,7 @@ fn everything_can_change_into_something_else() {
         let mut sparse = fs::File::options().write(true).open(join("sparse")).unwrap();
         sparse.write_all(b"data at the start").unwrap();
         sparse.set_len(4 << 20).unwrap();
+        fs::set_permissions(join("all-hole"), fs::Permissions::from_mode(0o600)).unwrap();
         fs::File::options().write(true).open(join("all-hole")).unwrap().set_len(9 << 20).unwrap();
         fs::set_permissions(&target, fs::Permissions::from_mode(0o700)).unwrap();
         set_xattr(&target, "user.root", b"changed");

@@ -1,10 +1,6 @@
 //! Property: whatever bytes come, nothing panics and nothing outside the destination is touched.
 
-use std::{
-    fs,
-    os::unix::fs::symlink,
-    sync::OnceLock,
-};
+use std::{fs, os::unix::fs::symlink, sync::OnceLock};
 
 use flocker_storage::tree::{apply::Sharing, listing::listing};
 use proptest::prelude::*;
@@ -52,7 +48,8 @@ fn damage() -> impl Strategy<Value = Damage> {
     prop_oneof![
         (any::<prop::sample::Index>(), any::<u8>()).prop_map(|(at, bits)| Damage::Flip(at, bits)),
         (any::<prop::sample::Index>(), 1..200usize).prop_map(|(at, count)| Damage::Cut(at, count)),
-        (any::<prop::sample::Index>(), prop::collection::vec(any::<u8>(), 1..20)).prop_map(|(at, b)| Damage::Insert(at, b)),
+        (any::<prop::sample::Index>(), prop::collection::vec(any::<u8>(), 1..20))
+            .prop_map(|(at, b)| Damage::Insert(at, b)),
         (any::<prop::sample::Index>(), 1..200usize).prop_map(|(at, count)| Damage::Repeat(at, count)),
     ]
 }

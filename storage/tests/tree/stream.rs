@@ -275,3 +275,42 @@ fn a_stopped_writer_ends_with_an_error() {
     writer.stopper().store(true, std::sync::atomic::Ordering::Relaxed);
     assert!(writer.next_chunk().is_err());
 }
+
+/// `cargo test --release -p flocker-storage --test tree -- --ignored --nocapture`; asserts no time.
+#[test]
+#[ignore = "measures"]
+fn measure_many_small_files() {
+    let folder = Folder::new();
+    let [source, dest, copy] = ["source", "dest", "copy"].map(|name| folder.make(name));
+    for number in 0..200_000u32 {
+        if number % 500 == 0 {
+            fs::create_dir(source.join(format!("d{}", number / 500))).unwrap();
+        }
+        fs::write(source.join(format!("d{}/{number}", number / 500)), noise(200, 1)).unwrap();
+    }
+    let timed = |what: &str, work: &mut dyn FnMut()| {
+        let start = std::time::Instant::now();
+        work();
+        let resident = fs::read_to_string("/proc/self/status").unwrap();
+        let resident = resident.lines().find(|line| line.starts_with("VmHWM")).unwrap().to_owned();
+        eprintln!("{what}: {:.2} s, {resident}", start.elapsed().as_secs_f64());
+    };
+    let points = Points::default();
+    timed("write in full", &mut || {
+        let mut writer = writer(None, &source, None).unwrap();
+        while writer.next_chunk().unwrap().is_some() {}
+    });
+    timed("write and apply in full", &mut || {
+        let mut writer = writer(None, &source, None).unwrap();
+        let mut applier = applier(&dest, None, Sharing::Exclusive, None, &points).unwrap();
+        while let Some(chunk) = writer.next_chunk().unwrap() {
+            applier.feed(&chunk).unwrap();
+        }
+        applier.finish().unwrap();
+    });
+    timed("link a copy", &mut || stage_linked(&dest, &copy));
+    fs::write(dest.join("d7/new"), b"new").unwrap();
+    timed("write what changed", &mut || {
+        eprintln!("{} bytes", delta(Some(&copy), &dest).len());
+    });
+}
