@@ -22,3 +22,20 @@ async fn directory_passes_on_btrfs() {
     let Some(mount) = LoopMount::try_new("btrfs", 2 << 30, &["-q"]) else { return };
     conformance::run(|| Folders::on(mount.path())).await;
 }
+
+/// Root runs the suite once more as somebody who may do little: this binary, copied to where that user can read it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn directory_passes_as_an_ordinary_user() {
+    if !support::have("root", support::is_root()) || !support::have("setpriv", support::has_program("setpriv")) {
+        return;
+    }
+    let folder = support::open_folder();
+    let binary = folder.path().join("suite");
+    std::fs::copy(std::env::current_exe().unwrap(), &binary).unwrap();
+    let status = support::as_nobody(&binary)
+        .args(["--exact", "directory_passes_in_a_temporary_folder", "--nocapture"])
+        .env("TMPDIR", folder.path())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status}");
+}

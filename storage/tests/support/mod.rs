@@ -71,6 +71,23 @@ pub fn has_program(name: &str) -> bool {
     Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
 }
 
+/// Who [`as_nobody`] is.
+pub const NOBODY: u32 = 65534;
+
+/// Makes a command that runs a program as another user without any right.
+pub fn as_nobody(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args([format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"), "--clear-groups".to_owned()]).arg(program);
+    command
+}
+
+/// Makes a temporary folder that belongs to that user.
+pub fn open_folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    folder
+}
+
 /// A file system in a sparse file, unmounted when dropped.
 pub struct LoopMount {
     mount: PathBuf,

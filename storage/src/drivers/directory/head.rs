@@ -102,6 +102,22 @@ impl Pool {
         Ok(Reference { inventory: InventoryReader::open(&self.inventory_path(tip))?, trust: Trust::No })
     }
 
+    /// Removes the baselines that an interrupted verb left: those of another head or another snapshot than the newest.
+    pub(super) fn tidy_baselines(&self) -> Result<()> {
+        for record in self.volumes("open pool")? {
+            let head = inode(&self.head_dir(record.id)).ok();
+            let tip = self.tip(record.id)?.map(|tip| tip.snapshot);
+            for entry in fs::read_dir(self.baselines_dir(record.id)).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let known = name.to_str().and_then(parse_baseline);
+                if known.is_none_or(|(snapshot, of, _)| Some(snapshot) != tip || Some(of) != head) {
+                    let _ = fs::remove_file(entry.path());
+                }
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn head_state(&self, volume: VolumeId) -> Result<HeadState> {
         self.volume("compare head of", volume)?;
         let head = self.head_dir(volume);

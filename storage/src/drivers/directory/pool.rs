@@ -109,6 +109,7 @@ impl Pool {
             _lock: lock,
         });
         pool.finish_splits()?;
+        pool.tidy_baselines()?;
         pool.clear_staging();
         pool.empty_trash();
         Ok(pool)

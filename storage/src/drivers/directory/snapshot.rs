@@ -184,7 +184,7 @@ impl Making {
             Likeness::Different => false,
             Likeness::Unclear => {
                 match (self.joined.walk().open_last(OFlags::RDONLY | OFlags::NONBLOCK), &self.previous) {
-                    (Ok(live), Some(previous)) => same_contents(File::from(live), &entry, previous)?,
+                    (Ok(live), Some(previous)) => same_contents(File::from(live), &entry, previous).unwrap_or(false),
                     // Whatever it is, the copy says it better.
                     _ => false,
                 }
@@ -198,7 +198,7 @@ impl Making {
         let linkable = !matches!(entry.kind, EntryKind::Directory | EntryKind::HardLink { .. });
         if linkable
             && let Some(previous) = &self.previous
-            && self.copier.link(previous, &entry)? == How::Linked
+            && matches!(self.copier.link(previous, &entry), Ok(How::Linked))
         {
             self.linked += 1;
             return self.add(entry, record.digest);
@@ -261,5 +261,5 @@ fn write_inventory(stage: &Stage, previous: Previous) -> Result<bool> {
 
 /// Compares what even a user who may not set owners can keep.
 fn is_faithful(made: &Entry, wanted: &Entry) -> bool {
-    made.kind == wanted.kind && made.mtime == wanted.mtime
+    made.kind == wanted.kind && made.mtime == wanted.mtime && made.mode & 0o777 == wanted.mode & 0o777
 }

@@ -1,0 +1,277 @@
+//! `kill -9` at every fault point of the directory driver: after a reopen the old or the new state, nothing half, no
+//! space lost, and the verb can be done again.
+//!
+//! The test binary starts itself as the child that dies (see [`child`]). Ids are fixed, so that two pools built the same
+//! way are in the same state, inode numbers and times apart.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use flocker_storage::{
+    delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest},
+    driver::{Access, Driver, SnapshotRequest, Target},
+    drivers::directory::FAULT_POINTS,
+    model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
+};
+use uuid::Uuid;
+
+const SCENARIO: &str = "FLOCKER_TEST_SCENARIO";
+
+fn volume_id(number: u128) -> VolumeId {
+    VolumeId(Uuid::from_u128(0x0189_0000_0000_7000_8000_0000_0000_0000 + number))
+}
+
+fn snapshot_id(number: u128) -> SnapshotId {
+    SnapshotId(Uuid::from_u128(0x0189_0000_0000_7000_8000_0001_0000_0000 + number))
+}
+
+fn key(volume: u128, snapshot: u128) -> SnapshotKey {
+    SnapshotKey { volume: volume_id(volume), snapshot: snapshot_id(snapshot) }
+}
+
+fn record(number: u128, origin: Option<SnapshotKey>, role: Role) -> VolumeRecord {
+    VolumeRecord {
+        id: volume_id(number),
+        name: format!("volume{number}").parse().unwrap(),
+        metadata: BTreeMap::new(),
+        created: "2026-01-01T00:00:00Z".parse().unwrap(),
+        origin,
+        role,
+        epoch: 1,
+        quota_bytes: None,
+    }
+}
+
+fn snapshot_record(number: u128, parents: &[u128]) -> Snapshot {
+    Snapshot {
+        id: snapshot_id(number),
+        name: format!("snapshot{number}").parse().unwrap(),
+        parents: parents.iter().map(|parent| snapshot_id(*parent)).collect(),
+        host: Host { id: HostId([1; 32]), name: "host".parse().unwrap() },
+        created: "2026-01-01T00:00:00Z".parse().unwrap(),
+        metadata: BTreeMap::new(),
+    }
+}
+
+async fn write(driver: &dyn Driver, volume: u128, files: &[(&str, &str)]) {
+    let target = Target::Head(volume_id(volume));
+    let head = driver.attach(target, Access::ReadWrite).await.unwrap();
+    for (name, contents) in files {
+        fs::create_dir_all(head.join(name).parent().unwrap()).unwrap();
+        fs::write(head.join(name), contents).unwrap();
+    }
+    driver.detach(target).await.unwrap();
+}
+
+async fn take(driver: &dyn Driver, volume: u128, snapshot: u128, parents: &[u128]) -> HeldSnapshot {
+    let snapshot = snapshot_record(snapshot, parents);
+    let request = SnapshotRequest { volume: volume_id(volume), snapshot, compare: Compare::Metadata };
+    driver.snapshot(&[request]).await.unwrap().remove(0).held
+}
+
+async fn send(from: &dyn Driver, to: &dyn Driver, base: Option<SnapshotKey>, target: &HeldSnapshot, volume: u128) {
+    let format = DeltaFormat::tree();
+    let compare = Compare::Metadata;
+    let request = DeltaRequest { base, target: target.key(), format: format.clone(), compare, resume: None };
+    let mut reader = from.read_delta(request).await.unwrap();
+    let (volume, snapshot) = (record(volume, None, Role::Replica), target.snapshot.clone());
+    let mut receiving = to.receive(ReceiveRequest { volume, snapshot, base, format, resume: None }).await.unwrap();
+    while let Some(chunk) = reader.next().await.unwrap() {
+        receiving.write(chunk).await.unwrap();
+    }
+    receiving.commit().await.unwrap();
+}
+
+/// Volume 1: snapshots 1 and 2 and a dirty head; volume 2: a clone of snapshot 2; volume 3: a clean head at snapshot 3;
+/// volume 4: a replica of the sender's volume 4 at snapshot 41, with a clean head; volume 5: a replica without a head.
+/// The sender: volume 4 with snapshots 41 and 42, and for one point volume 6 with more data than lies between two
+/// checkpoints.
+async fn build(place: &Path, point: &str) {
+    let sender = support::open(&place.join("sender")).await.unwrap();
+    sender.create(&record(4, None, Role::Primary)).await.unwrap();
+    write(&*sender, 4, &[("a", "1"), ("b/c", "2")]).await;
+    let first = take(&*sender, 4, 41, &[]).await;
+    write(&*sender, 4, &[("a", "changed"), ("b/d", "new")]).await;
+    take(&*sender, 4, 42, &[41]).await;
+    if point.ends_with(".checkpoint") {
+        sender.create(&record(6, None, Role::Primary)).await.unwrap();
+        let bulk: String = (0..9_000_000_u32).map(|n| format!("{n:08x}")).collect();
+        write(&*sender, 6, &[("bulk", &bulk), ("after", "x")]).await;
+        take(&*sender, 6, 61, &[]).await;
+    }
+
+    let pool = support::open(&place.join("pool")).await.unwrap();
+    pool.create(&record(1, None, Role::Primary)).await.unwrap();
+    write(&*pool, 1, &[("a", "1"), ("b/c", "2"), ("b/d/e", "3")]).await;
+    take(&*pool, 1, 1, &[]).await;
+    write(&*pool, 1, &[("a", "changed")]).await;
+    take(&*pool, 1, 2, &[1]).await;
+    write(&*pool, 1, &[("unsaved", "yes"), ("b/c", "dirty")]).await;
+    (*pool).clone_from(&record(2, Some(key(1, 2)), Role::Primary)).await.unwrap();
+    pool.create(&record(3, None, Role::Primary)).await.unwrap();
+    write(&*pool, 3, &[("x/y", "z")]).await;
+    take(&*pool, 3, 3, &[]).await;
+    send(&*sender, &*pool, None, &first, 4).await;
+    write(&*pool, 4, &[]).await;
+    let other = HeldSnapshot { snapshot: snapshot_record(41, &[]), ..first };
+    send(&*sender, &*pool, None, &other, 5).await;
+}
+
+/// Does the verb that passes a fault point, whose second word names it.
+async fn act(place: &Path, point: &str) {
+    let pool = support::open(&place.join("pool")).await.unwrap();
+    match point.split('.').nth(1).unwrap() {
+        "create" => pool.create(&record(9, None, Role::Primary)).await.unwrap(),
+        "set-record" => {
+            pool.set_record(&VolumeRecord { epoch: 2, ..record(1, None, Role::Primary) }).await.unwrap();
+        }
+        "destroy" | "trash" => pool.destroy(volume_id(3)).await.unwrap(),
+        "snapshot" => drop(take(&*pool, 1, 9, &[2]).await),
+        "forget" => pool.forget(key(1, 1)).await.unwrap(),
+        "materialise" => drop(pool.attach(Target::Head(volume_id(5)), Access::ReadWrite).await.unwrap()),
+        "rewind" => pool.rewind(key(1, 2)).await.unwrap(),
+        "clone" => (*pool).clone_from(&record(9, Some(key(1, 1)), Role::Primary)).await.unwrap(),
+        "split" => pool.split(key(1, 1), &record(9, Some(key(1, 1)), Role::Primary)).await.unwrap(),
+        "receive" if point.ends_with(".checkpoint") => receive(place, &*pool, None, 61, 6).await,
+        "receive" => receive(place, &*pool, Some(key(4, 41)), 42, 4).await,
+        other => panic!("no scenario passes {other}"),
+    }
+}
+
+async fn receive(place: &Path, pool: &dyn Driver, base: Option<SnapshotKey>, snapshot: u128, volume: u128) {
+    let sender = support::open(&place.join("sender")).await.unwrap();
+    let lineage = sender.lineage(volume_id(volume)).await.unwrap();
+    send(&*sender, pool, base, lineage.find(snapshot_id(snapshot)).unwrap(), volume).await;
+}
+
+/// What can be seen of a pool, times apart.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    volumes: Vec<(VolumeRecord, Vec<HeldSnapshot>)>,
+    heads: BTreeMap<VolumeId, (HeadState, Tree)>,
+    snapshots: BTreeMap<SnapshotKey, Tree>,
+}
+
+type Tree = BTreeMap<PathBuf, Option<Vec<u8>>>;
+
+async fn see(place: &Path) -> Seen {
+    let pool = support::open(&place.join("pool")).await.unwrap();
+    let scan = pool.scan().await.unwrap();
+    assert_eq!(scan.orphans, []);
+    let (mut heads, mut snapshots) = (BTreeMap::new(), BTreeMap::new());
+    for (record, held) in &scan.volumes {
+        let state = pool.head_state(record.id).await.unwrap();
+        let target = Target::Head(record.id);
+        heads.insert(record.id, (state, read_tree(&pool.attach(target, Access::ReadOnly).await.unwrap())));
+        for held in held {
+            assert_eq!(pool.verify(held.key(), Compare::Contents).await.unwrap(), [], "{:?}", held.key());
+            let target = Target::Snapshot(held.volume, held.snapshot.id);
+            snapshots.insert(held.key(), read_tree(&pool.attach(target, Access::ReadOnly).await.unwrap()));
+        }
+    }
+    Seen { volumes: scan.volumes, heads, snapshots }
+}
+
+fn read_tree(root: &Path) -> Tree {
+    let mut tree = Tree::new();
+    let mut waiting = vec![root.to_owned()];
+    while let Some(path) = waiting.pop() {
+        let is_dir = path.is_dir();
+        if is_dir {
+            waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+        let contents = (!is_dir).then(|| fs::read(&path).unwrap());
+        tree.insert(path.strip_prefix(root).unwrap().to_owned(), contents);
+    }
+    tree
+}
+
+/// Lists what a pool takes in the file system, once every head is there. A receive that can go on is kept on purpose.
+async fn space(place: &Path) -> Vec<PathBuf> {
+    let path = place.join("pool");
+    let pool = support::open(&path).await.unwrap();
+    for (record, _) in pool.scan().await.unwrap().volumes {
+        pool.attach(Target::Head(record.id), Access::ReadWrite).await.unwrap();
+        pool.discard_partial(record.id).await.unwrap();
+    }
+    drop(pool);
+    drop(support::open(&path).await.unwrap());
+    let mut names: Vec<_> = read_tree(&path).into_keys().collect();
+    for name in names.iter_mut().filter(|name| name.components().any(|part| part.as_os_str() == "baselines")) {
+        // The name of a baseline holds an inode number and a time.
+        name.set_extension("").then_some(()).unwrap();
+        name.set_extension("");
+        let stem = name.to_string_lossy().split('.').next().unwrap().to_owned();
+        *name = stem.into();
+    }
+    names.sort();
+    names
+}
+
+/// The process that dies. It is a test only so that the test binary can start itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn child() {
+    if let Ok(point) = std::env::var(SCENARIO) {
+        act(Path::new(&std::env::var("FLOCKER_TEST_PLACE").unwrap()), &point).await;
+    }
+}
+
+fn kill_at(place: &Path, point: &str, pass: u32) -> bool {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "child", "--nocapture"]).stdout(Stdio::null()).stderr(Stdio::null());
+    command.env(SCENARIO, point).env("FLOCKER_TEST_PLACE", place).env("FLOCKER_FAULT", format!("{point}:{pass}"));
+    let status = command.status().unwrap();
+    match status.signal() {
+        Some(9) => true,
+        None if status.success() => false,
+        _ => panic!("{point}:{pass}: the child ended with {status}"),
+    }
+}
+
+/// Builds a place once; copies of it would have other inodes, which counts as tampering.
+async fn built(point: &str) -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    build(place.path(), point).await;
+    place
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_kill_at_any_fault_point_the_pool_is_in_the_old_or_the_new_state() {
+    let mut news: BTreeMap<&str, (Seen, Vec<PathBuf>)> = BTreeMap::new();
+    for point in FAULT_POINTS {
+        let verb = if point.ends_with(".checkpoint") { point } else { point.split('.').nth(1).unwrap() };
+        if !news.contains_key(verb) {
+            let place = built(point).await;
+            act(place.path(), point).await;
+            let seen = see(place.path()).await;
+            news.insert(verb, (seen, space(place.path()).await));
+        }
+        let (new, new_space) = &news[verb];
+        let mut passes = 0;
+        for pass in 1.. {
+            let place = built(point).await;
+            let old = see(place.path()).await;
+            if !kill_at(place.path(), point, pass) {
+                break;
+            }
+            passes += 1;
+            let seen = see(place.path()).await;
+            assert!(seen == old || seen == *new, "{point}:{pass}: half a state\n{seen:#?}\nold {old:#?}\nnew {new:#?}");
+            if seen == old && seen != *new {
+                act(place.path(), point).await;
+                assert_eq!(see(place.path()).await, *new, "{point}:{pass}: done again");
+            }
+            assert_eq!(space(place.path()).await, *new_space, "{point}:{pass}: space is lost");
+        }
+        assert!(passes > 0, "nothing passes the fault point {point}");
+        eprintln!("{point}: {passes} passes");
+    }
+}
