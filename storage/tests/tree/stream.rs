@@ -158,7 +158,7 @@ fn trees() -> Trees {
 }
 
 fn writer_with_checkpoints(trees: &Trees, base: bool, resume: Option<&ResumePoint>) -> DeltaWriter {
-    writer(base.then_some(&trees.base), &trees.target, resume).unwrap().checkpoint_every(150_000)
+    writer(base.then_some(&trees.base), &trees.target, resume).unwrap().checkpoint_every(100_000)
 }
 
 /// Breaks the stream behind each checkpoint, and goes on from the point in the tree as the break left it.
