@@ -373,7 +373,7 @@ async fn a_full_disk_changes_nothing_and_gives_the_space_back() {
     };
     let before = driver.usage().await.unwrap().available_bytes;
     is_full("snapshot", try_take(&*driver, volume.id).await.unwrap_err());
-    assert_eq!(driver.lineage(volume.id).await.unwrap().snapshots, [one.clone()]);
+    assert_eq!(driver.lineage(volume.id).await.unwrap().snapshots, std::slice::from_ref(&one));
 
     // Another pool with more room sends what does not fit.
     let elsewhere = tempfile::tempdir().unwrap();

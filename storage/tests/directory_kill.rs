@@ -275,3 +275,37 @@ async fn after_a_kill_at_any_fault_point_the_pool_is_in_the_old_or_the_new_state
         eprintln!("{point}: {passes} passes");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receive_that_was_killed_goes_on_from_its_last_checkpoint() {
+    let point = "directory.receive.checkpoint";
+    let place = built(point).await;
+    assert!(kill_at(place.path(), point, 1));
+    let pool = support::open(&place.path().join("pool")).await.unwrap();
+    let sender = support::open(&place.path().join("sender")).await.unwrap();
+    let partial = pool.partial(volume_id(6)).await.unwrap().expect("a checkpoint was kept");
+    assert!(pool.lineage(volume_id(6)).await.is_err(), "nothing is visible");
+    let held = sender.lineage(volume_id(6)).await.unwrap().snapshots.remove(0);
+    assert_eq!((&partial.snapshot, partial.base), (&held.snapshot, None));
+    let (format, resume) = (partial.format, Some(partial.point));
+    let request = DeltaRequest {
+        base: None,
+        target: held.key(),
+        format: format.clone(),
+        compare: Compare::Metadata,
+        resume: resume.clone(),
+    };
+    let (volume, snapshot) = (record(6, None, Role::Replica), held.snapshot.clone());
+    let mut receiving = pool.receive(ReceiveRequest { volume, snapshot, base: None, format, resume }).await.unwrap();
+    let (mut reader, mut bytes) = (sender.read_delta(request).await.unwrap(), 0);
+    while let Some(chunk) = reader.next().await.unwrap() {
+        bytes += chunk.len() as u64;
+        receiving.write(chunk).await.unwrap();
+    }
+    assert_eq!(receiving.commit().await.unwrap(), held);
+    assert!(bytes < 10_000_000, "{bytes} bytes of 72,000,000 came after the first checkpoint at 64 MiB");
+    let target = Target::Snapshot(held.volume, held.snapshot.id);
+    let here = read_tree(&pool.attach(target, Access::ReadOnly).await.unwrap());
+    assert!(here == read_tree(&sender.attach(target, Access::ReadOnly).await.unwrap()), "the trees differ");
+    assert_eq!(pool.partial(held.volume).await.unwrap(), None);
+}

@@ -360,7 +360,7 @@ async fn split(bench: &Bench) {
     drop(driver);
     let driver = bench.open("a").await;
     let moved = super::HeldSnapshot { volume: fork.id, ..two };
-    assert_eq!(driver.lineage(record.id).await.expect("a lineage").snapshots, [one.clone()]);
+    assert_eq!(driver.lineage(record.id).await.expect("a lineage").snapshots, std::slice::from_ref(&one));
     assert_eq!(driver.lineage(fork.id).await.expect("a lineage").snapshots, [one.clone(), moved.clone()]);
     assert_eq!(driver.lineage(late.id).await.expect("a lineage").snapshots, [one.clone(), moved.clone()]);
     assert_eq!(state(&*driver, record.id).await, HeadState::Clean);

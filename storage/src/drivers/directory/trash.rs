@@ -96,10 +96,7 @@ fn delete_any(trash: &Path, path: &Path) -> io::Result<()> {
 
 /// Deletes one name of the trash with all below it. What is gone already is fine: two may delete at once.
 fn delete(trash: &Path, name: &str) -> io::Result<()> {
-    let trash = match sys::open(trash, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(fd) => fd,
-        Err(error) => return Err(error.into()),
-    };
+    let trash = sys::open(trash, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     match sys::unlinkat(&trash, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         // A directory: EISDIR on Linux, EPERM by POSIX.
@@ -187,7 +184,7 @@ mod tests {
         let closed = top.join("closed");
         fs::create_dir(&closed).unwrap();
         fs::write(closed.join("file"), "x").unwrap();
-        fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).unwrap();
         delete(trash.path(), "tree").unwrap();
         assert_eq!(fs::read_dir(trash.path()).unwrap().count(), 0);
     }
