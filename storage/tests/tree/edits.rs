@@ -97,7 +97,8 @@ fn perform(root: &Path, edit: &Edit) {
         Edit::MakeDir { path } => fs::create_dir(name(path)),
         Edit::Symlink { path, target } => symlink(name(target).strip_prefix(root).unwrap(), name(path)),
         Edit::Fifo { path } => {
-            Ok(rustix::fs::mknodat(rustix::fs::CWD, name(path), FileType::Fifo, Mode::RUSR, 0).unwrap_or(()))
+            let _ = rustix::fs::mknodat(rustix::fs::CWD, name(path), FileType::Fifo, Mode::RUSR, 0);
+            Ok(())
         }
         Edit::Link { from, to } => fs::hard_link(name(from), name(to)),
         Edit::Rename { from, to } => fs::rename(name(from), name(to)),
