@@ -1,1 +1,19 @@
-//! skeleton
+//! The daemon: catalogue, push and receive, HTTP API.
+//!
+//! The only crate that sees storage, replication, transport and certificates together. Two files tell the whole story
+//! of a push: `push.rs` and `receive.rs`; everything else is a leaf they call.
+
+pub mod api;
+mod catalog;
+pub mod config;
+pub mod daemon;
+mod mounts;
+mod peers;
+mod problem;
+mod pull;
+mod push;
+mod receive;
+pub mod setup;
+mod state;
+mod transfers;
+mod volumes;

@@ -1,4 +1,9 @@
-//! The HTTP API: what travels ([`types`]) and how it is asked for ([`client`]).
+//! The node's HTTP API: resources, the server on a unix socket, and a client.
 
 pub mod client;
+mod nodes;
+pub(crate) mod server;
+mod snapshots;
+mod transfers;
 pub mod types;
+mod volumes;

@@ -1,0 +1,71 @@
+//! Handlers of `/v1/volumes`.
+
+use std::sync::Arc;
+
+use axum::{Json as Answer, extract::State, http::StatusCode};
+use flocker_storage::model::VolumeName;
+
+use super::{
+    server::{Json, Path},
+    types::{CreateVolume, MountResource, MountVolume, PatchVolume, Rollback, VolumeResource},
+};
+use crate::{daemon::Node, problem::Result};
+
+pub(crate) async fn list(State(node): State<Arc<Node>>) -> Answer<Vec<VolumeResource>> {
+    Answer(node.catalog.volumes().iter().map(|volume| node.volume_resource(volume)).collect())
+}
+
+pub(crate) async fn create(
+    State(node): State<Arc<Node>>,
+    Json(request): Json<CreateVolume>,
+) -> Result<(StatusCode, Answer<VolumeResource>)> {
+    Ok((StatusCode::CREATED, Answer(node.create_volume(request).await?)))
+}
+
+pub(crate) async fn inspect(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+) -> Result<Answer<VolumeResource>> {
+    Ok(Answer(node.inspect(&name).await?))
+}
+
+pub(crate) async fn patch(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+    Json(request): Json<PatchVolume>,
+) -> Result<Answer<VolumeResource>> {
+    Ok(Answer(node.patch_volume(&name, request).await?))
+}
+
+pub(crate) async fn destroy(State(node): State<Arc<Node>>, Path(name): Path<VolumeName>) -> Result<StatusCode> {
+    node.destroy_volume(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(crate) async fn mount(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+    Json(request): Json<MountVolume>,
+) -> Result<Answer<MountResource>> {
+    Ok(Answer(node.mount(&name, request).await?))
+}
+
+pub(crate) async fn unmount(State(node): State<Arc<Node>>, Path(name): Path<VolumeName>) -> Result<StatusCode> {
+    node.unmount(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(crate) async fn rollback(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+    Json(request): Json<Rollback>,
+) -> Result<Answer<VolumeResource>> {
+    Ok(Answer(node.rollback(&name, request).await?))
+}
+
+pub(crate) async fn promote(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+) -> Result<Answer<VolumeResource>> {
+    Ok(Answer(node.promote(&name).await?))
+}

@@ -1,0 +1,391 @@
+//! The daemon: what a node is made of, how it starts and how it stops.
+//!
+//! Owns the order of start-up (lock, pool, state, catalogue, mounts, endpoint, API) and of shutdown: stop the API, stop
+//! accepting, let receivers reach a commit or suspend, cancel the rest, close the endpoint, report what is left.
+
+use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use flocker_certs::{Authority, ErrorKind as CertErrorKind, Identity, NodeId, PeerIdentity};
+use flocker_storage::{
+    driver::Driver,
+    drivers::{self, PoolSpec},
+    model::{HostId, NodeName},
+};
+use flocker_transport::{ALPN, CloseCode, Connection, ENROL_ALPN, Endpoint, Limits, PeerFault, Router};
+use jiff::Timestamp;
+use rustix::fs::FlockOperation;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    task::JoinSet,
+};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
+
+use crate::{
+    api,
+    api::types::{ApiProblem, NodeResource, PoolResource},
+    catalog::{Catalog, Pins},
+    config::{Config, ConfigError, DEFAULT_PORT, Paths},
+    mounts::{Mounts, symlink_note},
+    peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
+    problem::{Result, chain},
+    push::Streams,
+    receive::{Inbox, Replication},
+    state::State,
+    transfers::Transfers,
+};
+
+/// How long a stop waits for work to reach an end or a point to go on from.
+const GRACE: Duration = Duration::from_secs(10);
+/// How often parked streams and receives are looked through.
+const TIDY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What `flocker node start` was asked for.
+pub struct DaemonRequest {
+    /// Where the node keeps its things.
+    pub paths: Paths,
+    /// Another configuration file than the state folder's.
+    pub config_file: Option<PathBuf>,
+    /// Where to listen, instead of the configured address.
+    pub listen: Option<SocketAddr>,
+    /// Called once the API answers.
+    pub ready: Box<dyn FnOnce(&NodeResource) + Send>,
+    /// Stops the node when cancelled (SIGTERM and SIGINT do, too).
+    pub stop: CancellationToken,
+}
+
+/// A daemon that could not start or stopped with an error.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The configuration cannot be used.
+    #[error("cannot read the node's configuration")]
+    Config(#[source] ConfigError),
+    /// The node was not set up.
+    #[error("there is no node in {}: run `flocker init` for a new cluster, or `flocker join TOKEN` for an existing one", .0.display())]
+    NotInitialised(PathBuf),
+    /// The identity cannot be used.
+    #[error("cannot load the node's identity")]
+    Identity(#[source] flocker_certs::Error),
+    /// Another daemon runs on this state folder.
+    #[error("another flocker node runs on {}", .0.display())]
+    AlreadyRunning(PathBuf),
+    /// The pool cannot be opened.
+    #[error("cannot open the pool")]
+    Pool(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A part of start-up failed.
+    #[error("cannot start the node")]
+    Start(#[source] ApiProblem),
+    /// The endpoint cannot listen.
+    #[error("cannot listen for peers")]
+    Listen(#[source] flocker_transport::Error),
+    /// The API's socket cannot be made.
+    #[error("cannot serve the API on {}", .path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A running node.
+pub(crate) struct Node {
+    pub(crate) name: NodeName,
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) authority: Option<Authority>,
+    pub(crate) config: Config,
+    pub(crate) paths: Paths,
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) state: State,
+    pub(crate) catalog: Catalog,
+    pub(crate) pins: Arc<Pins>,
+    pub(crate) mounts: Mounts,
+    /// Whether mounts are real (root) or symlinks.
+    pub(crate) mounts_really: bool,
+    pub(crate) peers: Peers,
+    pub(crate) transfers: Transfers,
+    pub(crate) streams: Streams,
+    pub(crate) inbox: Inbox,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) cancel: CancellationToken,
+    started: Timestamp,
+    listen: SocketAddr,
+}
+
+/// Runs a node until it is told to stop.
+pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError> {
+    let DaemonRequest { paths, config_file, listen, ready, stop } = request;
+    let config_path = config_file.unwrap_or_else(|| paths.config.clone());
+    if !config_path.exists() {
+        return Err(DaemonError::NotInitialised(paths.state));
+    }
+    let config = Config::load(&config_path).map_err(DaemonError::Config)?;
+    let identity = Identity::load(&paths.identity()).map_err(|error| match error.kind {
+        CertErrorKind::NotFound => DaemonError::NotInitialised(paths.state.clone()),
+        _ => DaemonError::Identity(error),
+    })?;
+    let _lock = lock_state(&paths)?;
+    let listener = listen_for_api(&paths).await?;
+    let node = Node::open(paths, config, identity, listen).await?;
+    let router = Router::new()
+        .members(ALPN, Arc::new(Replication(node.clone())))
+        .members(MEMBER_ALPN, Arc::new(Membership(node.clone())))
+        .anyone(ENROL_ALPN, Arc::new(Enrolment(node.clone())));
+    let accepting = stop.child_token();
+    let mut services = JoinSet::new();
+    let (endpoint, accept) = (node.endpoint.clone(), accepting.clone());
+    services.spawn(async move { router.serve(endpoint, accept).await });
+    let stop_api = CancellationToken::new();
+    let mut api = JoinSet::new();
+    api.spawn(api::server::serve(listener, node.clone(), stop_api.clone()));
+    node.tasks.spawn(node.clone().keep_members_in_sync());
+    node.tasks.spawn(node.clone().tidy());
+    node.resume_transfers();
+    let resource = node.resource();
+    tracing::info!(name = %node.name, id = %node.identity.node_id, listen = %node.listen, socket = %node.paths.socket.display(), "ready");
+    ready(&resource);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    wait_for_stop(&stop).await;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("stopping");
+    stop_api.cancel();
+    let _ = tokio::time::timeout(GRACE, api.join_next()).await;
+    node.shut_down(accepting).await;
+    let _ = tokio::time::timeout(GRACE, services.join_next()).await;
+    let _ = fs::remove_file(&node.paths.socket);
+    Ok(())
+}
+
+async fn wait_for_stop(stop: &CancellationToken) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return stop.cancelled().await;
+    };
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// Holds the state folder against a second daemon, until the file is dropped.
+fn lock_state(paths: &Paths) -> std::result::Result<fs::File, DaemonError> {
+    let path = paths.state.join("node.lock");
+    let file = fs::File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|source| DaemonError::Config(ConfigError::Write { path, source }))?;
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| DaemonError::AlreadyRunning(paths.state.clone()))?;
+    Ok(file)
+}
+
+/// Makes the API's socket, for its owner only. A dead socket of an earlier daemon is removed; a live one is not.
+async fn listen_for_api(paths: &Paths) -> std::result::Result<UnixListener, DaemonError> {
+    let path = &paths.socket;
+    let failed = |source: io::Error| DaemonError::Socket { path: path.clone(), source };
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(failed)?;
+    }
+    if path.exists() {
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "another daemon answers there")));
+        }
+        fs::remove_file(path).map_err(failed)?;
+    }
+    // The socket must never be open to others, not even between its making and a chmod.
+    let umask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(path);
+    rustix::process::umask(umask);
+    listener.map_err(failed)
+}
+
+impl Node {
+    async fn open(
+        paths: Paths,
+        config: Config,
+        identity: Identity,
+        listen: Option<SocketAddr>,
+    ) -> std::result::Result<Arc<Self>, DaemonError> {
+        let start = |error: ApiProblem| DaemonError::Start(error);
+        let authority = match Authority::load(&paths.authority()) {
+            Ok(authority) => Some(authority),
+            Err(error) if matches!(error.kind, CertErrorKind::NotFound) => None,
+            Err(error) => return Err(DaemonError::Identity(error)),
+        };
+        let pool = config.pool.clone().unwrap_or_else(|| paths.default_pool());
+        let spec: PoolSpec = pool.parse().map_err(|error| DaemonError::Pool(Box::new(error)))?;
+        let driver = drivers::open(&spec).await.map_err(|error| DaemonError::Pool(Box::new(error)))?;
+        let state = State::open(&paths.database()).map_err(|error| start(error.into()))?;
+        let peers = Peers::load(&state).await.map_err(start)?;
+        let transfers = Transfers::load(&state).await.map_err(start)?;
+        let identity = Arc::new(identity);
+        let wanted = listen.or(config.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)));
+        let endpoint = Endpoint::bind(wanted, identity.clone(), Limits::default()).map_err(DaemonError::Listen)?;
+        let listen = endpoint.local_addr().map_err(DaemonError::Listen)?;
+        let node = Arc::new(Self {
+            name: config.name.clone(),
+            identity,
+            authority,
+            config,
+            paths,
+            driver,
+            state,
+            catalog: Catalog::default(),
+            pins: Arc::default(),
+            mounts: Mounts::default(),
+            mounts_really: rustix::process::geteuid().is_root(),
+            peers,
+            transfers,
+            streams: Streams::default(),
+            inbox: Inbox::default(),
+            endpoint,
+            tasks: TaskTracker::new(),
+            cancel: CancellationToken::new(),
+            started: Timestamp::now(),
+            listen,
+        });
+        if !node.mounts_really {
+            tracing::info!("{}", symlink_note());
+        }
+        let weak = Arc::downgrade(&node);
+        node.endpoint.set_peer_check(Arc::new(move |peer| match weak.upgrade() {
+            Some(node) if !node.check_peer(peer) => Err(PeerFault::WrongNode),
+            _ => Ok(()),
+        }));
+        node.finish_operations().await.map_err(start)?;
+        node.catalog.reload(&*node.driver).await.map_err(|error| start(error.into()))?;
+        for orphan in node.catalog.orphans() {
+            tracing::warn!(place = orphan.place, "nobody knows this, it is left alone: {}", orphan.reason);
+        }
+        node.restore_mounts().await.map_err(start)?;
+        Ok(node)
+    }
+
+    /// Closes a connection when a user cancels or the node stops, so that whoever uses it unwinds; until the guard is
+    /// dropped.
+    pub(crate) fn close_on_cancel(&self, connection: &Connection, user: &CancellationToken) -> DropGuard {
+        let over = CancellationToken::new();
+        let (guard, watch) = (over.clone().drop_guard(), over);
+        let (connection, user, node) = (connection.clone(), user.clone(), self.cancel.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = watch.cancelled() => {}
+                () = user.cancelled() => connection.close(CloseCode::Cancelled, ""),
+                () = node.cancelled() => connection.close(CloseCode::ShuttingDown, ""),
+            }
+        });
+        guard
+    }
+
+    async fn tidy(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return,
+                () = tokio::time::sleep(TIDY_INTERVAL) => {}
+            }
+            self.streams.drop_stale();
+            self.inbox.suspend_stale().await;
+        }
+    }
+
+    async fn shut_down(&self, accepting: CancellationToken) {
+        accepting.cancel();
+        self.cancel.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(GRACE, self.tasks.wait()).await.is_err() {
+            tracing::warn!(left = self.tasks.len(), "work did not come to an end in time");
+        }
+        self.inbox.suspend_all(GRACE).await;
+        self.endpoint.shutdown(CloseCode::ShuttingDown).await;
+    }
+
+    /// This node's id in the words of snapshots.
+    pub(crate) fn host_id(&self) -> HostId {
+        let NodeId(bytes) = self.identity.node_id;
+        HostId(bytes)
+    }
+
+    /// Where peers are told to find this node: what the configuration says, else where it listens, else (listening
+    /// everywhere) the address that this host's default route leaves from, and loopback.
+    pub(crate) fn advertised(&self) -> Vec<String> {
+        if !self.config.advertise.is_empty() {
+            return self.config.advertise.clone();
+        }
+        if !self.listen.ip().is_unspecified() {
+            return vec![self.listen.to_string()];
+        }
+        let port = self.listen.port();
+        let outward = outward_address().map(|ip| SocketAddr::new(ip, port).to_string());
+        let loopback = SocketAddr::from(([127, 0, 0, 1], port)).to_string();
+        outward.into_iter().chain([loopback]).collect()
+    }
+
+    /// Shows this node as the API does.
+    pub(crate) fn resource(&self) -> NodeResource {
+        let (resident_bytes, peak_resident_bytes) = memory();
+        NodeResource {
+            name: self.name.clone(),
+            id: self.identity.node_id.to_string(),
+            cluster: self.identity.cluster.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            listen: self.listen.to_string(),
+            addresses: self.advertised(),
+            authority: self.authority.is_some(),
+            certificate_expires: self.identity.not_after(),
+            pid: std::process::id(),
+            started: self.started,
+            resident_bytes,
+            peak_resident_bytes,
+        }
+    }
+
+    /// Shows the pool as the API does.
+    pub(crate) async fn pool_resource(&self) -> Result<PoolResource> {
+        let scan = self.driver.scan().await?;
+        Ok(PoolResource {
+            capabilities: self.driver.capabilities().clone(),
+            usage: self.driver.usage().await?,
+            volumes: scan.volumes.len() as u64,
+            orphans: scan.orphans,
+        })
+    }
+
+    /// Refuses a peer whose name is known for another node.
+    pub(crate) fn check_peer(&self, peer: &PeerIdentity) -> bool {
+        let Some(known) = self.name_conflict(peer) else { return true };
+        tracing::warn!(name = peer.name, id = %peer.node_id, %known, "refused a peer: its name belongs to another node");
+        false
+    }
+}
+
+/// Finds the address that packets to elsewhere leave from; no packet is sent (RFC 5737 address).
+fn outward_address() -> Option<std::net::IpAddr> {
+    let socket = std::net::UdpSocket::bind(("0.0.0.0", 0)).ok()?;
+    socket.connect(("192.0.2.1", 9)).ok()?;
+    let ip = socket.local_addr().ok()?.ip();
+    (!ip.is_loopback() && !ip.is_unspecified()).then_some(ip)
+}
+
+/// Returns resident memory now and at its highest, in bytes (proc_pid_status(5): VmRSS, VmHWM, in kB).
+fn memory() -> (u64, u64) {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name))?;
+        let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+        Some(kilobytes * 1024)
+    };
+    (field("VmRSS:").unwrap_or(0), field("VmHWM:").unwrap_or(0))
+}
+
+/// Logs why something that has no caller to tell failed.
+pub(crate) fn log_error(error: &dyn std::error::Error) {
+    tracing::error!("{}", chain(error));
+}

@@ -1,0 +1,389 @@
+//! The other nodes: who they are, where they listen, how newcomers join and how members learn of each other.
+//!
+//! Owns the binding of a peer's name to its NodeId (the first one known wins; another one is refused and logged) and two
+//! small protocols: enrolment (`flocker-enrol/1`, for newcomers) and membership (`flocker-member/1`, between members,
+//! who exchange all they know whenever one starts, and now and then). Refuses to know volumes.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use flocker_certs::{EnrolRefusal, EnrolReply, EnrolRequest, Member, NodeId, PeerIdentity, Token};
+use flocker_storage::model::NodeName;
+use flocker_transport::{ALPN, CloseCode, Connection, ErrorKind as LinkErrorKind, Exchange, Handler};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::types::{ApiProblem, PeerResource, TokenResource},
+    daemon::Node,
+    problem::{self, Result, chain, problem},
+    state::{PeerRow, State},
+    transfers::Failure,
+};
+
+/// The protocol by which members tell each other of members.
+pub(crate) const MEMBER_ALPN: &[u8] = b"flocker-member/1";
+/// How long a certificate is good for. It is renewed by joining anew; see docs/ARCHITECTURE.md.
+pub(crate) const CERTIFICATE_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How long a token is good for when nothing else is said.
+const TOKEN_TTL: Duration = Duration::from_secs(3600);
+/// The longest a token may be good for: it is a key to the cluster.
+const TOKEN_TTL_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The longest wait for one answer of these small protocols.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often members compare notes without a reason.
+const SYNC_INTERVAL: Duration = Duration::from_secs(30);
+/// The most members one message may name.
+const MEMBERS_LIMIT: usize = 4096;
+/// The most addresses of one member that are tried and remembered.
+const ADDRESSES_LIMIT: usize = 16;
+
+/// All that one member knows of members, itself first.
+#[derive(Debug, Serialize, Deserialize)]
+struct Members {
+    members: Vec<Member>,
+}
+
+/// The known peers, in memory; the state database holds the same.
+#[derive(Default)]
+pub(crate) struct Peers {
+    rows: Mutex<BTreeMap<String, PeerRow>>,
+}
+
+impl Peers {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, PeerRow>> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the peers from the state database.
+    pub(crate) async fn load(state: &State) -> Result<Self> {
+        let rows = state.peers().await?.into_iter().map(|row| (row.node_id.clone(), row)).collect();
+        Ok(Self { rows: Mutex::new(rows) })
+    }
+
+    fn by_name(&self, name: &NodeName) -> Option<PeerRow> {
+        self.lock().values().find(|row| row.name == *name).cloned()
+    }
+
+    fn all(&self) -> Vec<PeerRow> {
+        let mut rows: Vec<PeerRow> = self.lock().values().cloned().collect();
+        rows.sort_by(|a, b| a.name.cmp(&b.name));
+        rows
+    }
+}
+
+impl Node {
+    /// Lists the peers.
+    pub(crate) fn peer_resources(&self) -> Vec<PeerResource> {
+        let rows = self.peers.all().into_iter();
+        rows.map(|row| PeerResource {
+            name: row.name,
+            id: row.node_id,
+            addresses: row.addresses,
+            last_seen: row.last_seen,
+        })
+        .collect()
+    }
+
+    /// Finds a peer by name; where it is not known, the known ones are asked first.
+    pub(crate) async fn find_peer(&self, name: &NodeName) -> Result<PeerRow> {
+        if *name == self.name {
+            return Err(problem(400, "bad_request", format!("{name} is this node; name another one")));
+        }
+        if let Some(row) = self.peers.by_name(name) {
+            return Ok(row);
+        }
+        self.sync_members().await;
+        self.peers.by_name(name).ok_or_else(|| {
+            let known: Vec<String> = self.peers.all().iter().map(|row| row.name.to_string()).collect();
+            problem::peer_not_found(name, &known)
+        })
+    }
+
+    /// Connects to a peer. Its NodeId must be the one known for its name.
+    pub(crate) async fn connect(&self, row: &PeerRow, alpn: &'static [u8]) -> std::result::Result<Connection, Failure> {
+        let name = &row.name;
+        let expected: NodeId = row.node_id.parse().map_err(|error| Failure {
+            transient: false,
+            problem: problem::internal(format!("the NodeId remembered for {name} is damaged: {error}")),
+        })?;
+        let mut last = Failure {
+            transient: true,
+            problem: problem::peer_unreachable(name, "no address is known for it; is it started?"),
+        };
+        for address in &row.addresses {
+            let resolved = match resolve(address).await {
+                Ok(resolved) => resolved,
+                Err(why) => {
+                    last.problem = problem::peer_unreachable(name, format!("{address}: {why}"));
+                    continue;
+                }
+            };
+            match self.endpoint.connect(resolved, Some(expected), alpn).await {
+                Ok(connection) => {
+                    self.seen(row).await;
+                    return Ok(connection);
+                }
+                Err(error) => {
+                    tracing::warn!(peer = %name, %address, "{}", chain(&error));
+                    last = Failure { transient: error.kind.is_transient(), problem: link_problem(name, &error) };
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn seen(&self, row: &PeerRow) {
+        let row = PeerRow { last_seen: Some(Timestamp::now()), ..row.clone() };
+        self.peers.lock().insert(row.node_id.clone(), row.clone());
+        if let Err(error) = self.state.put_peer(&row).await {
+            tracing::error!("{}", chain(&error));
+        }
+    }
+
+    /// Creates a join token.
+    pub(crate) async fn create_token(&self, ttl_seconds: Option<u64>) -> Result<TokenResource> {
+        let Some(authority) = &self.authority else {
+            return Err(problem(
+                409,
+                "not_authority",
+                "this node does not hold the cluster's authority, so it cannot let nodes in",
+            )
+            .hint("run `flocker token create` on the node where `flocker init` was run"));
+        };
+        let ttl = ttl_seconds.map_or(TOKEN_TTL, Duration::from_secs);
+        if ttl.is_zero() || ttl > TOKEN_TTL_LIMIT {
+            return Err(problem(400, "bad_request", "a token's time must be between a second and 30 days"));
+        }
+        let expires = Timestamp::now()
+            .checked_add(jiff::SignedDuration::from_secs(ttl.as_secs() as i64))
+            .map_err(|error| problem(400, "bad_request", error))?;
+        let addresses = self.advertised();
+        let token = Token::create(self.identity.cluster, authority.fingerprint(), addresses, expires)
+            .map_err(|error| problem::internal(chain(&error)))?;
+        self.state.put_token(token.id().to_string(), expires).await?;
+        Ok(TokenResource { token: token.to_string(), expires })
+    }
+
+    fn as_member(&self) -> Member {
+        Member { node_id: self.identity.node_id, name: self.name.to_string(), addresses: self.advertised() }
+    }
+
+    fn known_members(&self) -> Vec<Member> {
+        let peers = self.peers.all();
+        let rows = peers.iter().filter_map(|row| {
+            Some(Member {
+                node_id: row.node_id.parse().ok()?,
+                name: row.name.to_string(),
+                addresses: row.addresses.clone(),
+            })
+        });
+        std::iter::once(self.as_member()).chain(rows).take(MEMBERS_LIMIT).collect()
+    }
+
+    /// Takes in what a member says of members. Addresses of a known node are only believed from itself.
+    async fn learn(&self, members: Vec<Member>, from: &PeerIdentity) {
+        for member in members.into_iter().take(MEMBERS_LIMIT) {
+            let Ok(name) = member.name.parse::<NodeName>() else { continue };
+            let itself = member.node_id == from.node_id;
+            if member.node_id == self.identity.node_id || (itself && member.name != from.name) {
+                continue;
+            }
+            let node_id = member.node_id.to_string();
+            let known = self.peers.lock().get(&node_id).cloned();
+            let taken = self.peers.by_name(&name).filter(|row| row.node_id != node_id);
+            if name == self.name || taken.is_some() {
+                tracing::warn!(%name, %node_id, said_by = from.name, "refused a member: this name belongs to another node");
+                continue;
+            }
+            let mut addresses = member.addresses;
+            addresses.truncate(ADDRESSES_LIMIT);
+            let row = match known {
+                Some(row) if !itself => row,
+                Some(row) if addresses.is_empty() => PeerRow { last_seen: Some(Timestamp::now()), ..row },
+                _ => PeerRow { node_id, name, addresses, last_seen: itself.then(Timestamp::now) },
+            };
+            self.peers.lock().insert(row.node_id.clone(), row.clone());
+            if let Err(error) = self.state.put_peer(&row).await {
+                tracing::error!("{}", chain(&error));
+            }
+        }
+    }
+
+    /// Compares notes with every known peer; those that do not answer are left for the next time.
+    pub(crate) async fn sync_members(&self) {
+        for row in self.peers.all() {
+            if let Err(error) = self.sync_with(&row).await {
+                tracing::debug!(peer = %row.name, "no membership news: {error}");
+            }
+        }
+    }
+
+    async fn sync_with(&self, row: &PeerRow) -> Result<()> {
+        let connection = self.connect(row, MEMBER_ALPN).await.map_err(|error| error.problem)?;
+        let failed = |error: flocker_transport::Error| link_problem(&row.name, &error);
+        let mut exchange = connection.open_exchange().await.map_err(failed)?;
+        exchange.send_within(&Members { members: self.known_members() }, ANSWER_TIMEOUT).await.map_err(failed)?;
+        let answer: Members = exchange.recv_within(ANSWER_TIMEOUT).await.map_err(failed)?;
+        if let Some(peer) = connection.peer() {
+            self.learn(answer.members, &peer).await;
+        }
+        connection.close(CloseCode::Done, "");
+        Ok(())
+    }
+
+    /// Compares notes when the node starts and now and then, until it stops.
+    pub(crate) async fn keep_members_in_sync(self: Arc<Self>) {
+        loop {
+            self.sync_members().await;
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return,
+                () = tokio::time::sleep(SYNC_INTERVAL) => {}
+            }
+        }
+    }
+
+    async fn admit(&self, request: EnrolRequest) -> std::result::Result<EnrolReply, EnrolRefusal> {
+        let failed = |error: crate::state::StateError| {
+            tracing::error!("{}", chain(&error));
+            EnrolRefusal::Failed
+        };
+        let authority = self.authority.as_ref().ok_or(EnrolRefusal::NotAuthority)?;
+        let name: NodeName = request.name.parse().map_err(|_| EnrolRefusal::InvalidName)?;
+        let token_id = request.token_secret.id().to_string();
+        let token = self.state.token(token_id.clone()).await.map_err(failed)?.ok_or(EnrolRefusal::UnknownToken)?;
+        if token.used_by.is_some() {
+            return Err(EnrolRefusal::UsedToken);
+        }
+        if Timestamp::now() > token.expires {
+            return Err(EnrolRefusal::ExpiredToken);
+        }
+        if name == self.name || self.peers.by_name(&name).is_some() {
+            return Err(EnrolRefusal::NameTaken);
+        }
+        let issued =
+            authority.issue(&request.csr, name.as_str(), Timestamp::now(), CERTIFICATE_TTL).map_err(|error| {
+                tracing::warn!("{}", chain(&error));
+                EnrolRefusal::InvalidRequest
+            })?;
+        if !self.state.use_token(token_id, issued.node_id.to_string()).await.map_err(failed)? {
+            return Err(EnrolRefusal::UsedToken);
+        }
+        let row = PeerRow { node_id: issued.node_id.to_string(), name, addresses: Vec::new(), last_seen: None };
+        self.state.put_peer(&row).await.map_err(failed)?;
+        let members = self.known_members();
+        self.peers.lock().insert(row.node_id.clone(), row);
+        Ok(EnrolReply::Accepted {
+            certificate: issued.certificate,
+            authority: authority.certificate_der().to_vec(),
+            members,
+        })
+    }
+
+    /// Tells whether a member may be who it says: its name must not be known for another node.
+    pub(crate) fn name_conflict(&self, peer: &PeerIdentity) -> Option<String> {
+        let name: NodeName = peer.name.parse().ok()?;
+        if name == self.name {
+            return Some(self.identity.node_id.to_string());
+        }
+        let known = self.peers.by_name(&name)?;
+        (known.node_id != peer.node_id.to_string()).then_some(known.node_id)
+    }
+}
+
+/// Puts a failure of the line into words.
+pub(crate) fn link_problem(name: &NodeName, error: &flocker_transport::Error) -> ApiProblem {
+    let why = chain(error);
+    match &error.kind {
+        LinkErrorKind::PeerRejected { .. } => problem(
+            502,
+            "peer_rejected",
+            format!("refused to talk to {name}: {why}"),
+        )
+        .hint(format!(
+            "if {name} was made anew, remove what is known of the old one; if not, somebody else answers at its address"
+        )),
+        LinkErrorKind::RejectedByPeer(_) => {
+            problem(502, "rejected_by_peer", format!("{name} refused to talk to this node: {why}"))
+                .hint("compare `flocker node status` on both nodes: they must be of one cluster")
+        }
+        _ => problem::peer_unreachable(name, why),
+    }
+}
+
+/// Resolves `host:port`; the first address is taken.
+pub(crate) async fn resolve(address: &str) -> std::result::Result<SocketAddr, String> {
+    let mut found = tokio::net::lookup_host(address).await.map_err(|error| error.to_string())?;
+    found.next().ok_or_else(|| "the name has no address".to_owned())
+}
+
+/// Serves newcomers.
+pub(crate) struct Enrolment(pub(crate) Arc<Node>);
+
+#[async_trait]
+impl Handler for Enrolment {
+    async fn handle(&self, connection: Connection, _cancel: CancellationToken) {
+        let remote = connection.remote_addr();
+        if let Err(error) = self.serve(&connection).await {
+            tracing::warn!(%remote, "enrolment failed: {}", chain(&error));
+        }
+    }
+}
+
+impl Enrolment {
+    async fn serve(&self, connection: &Connection) -> flocker_transport::Result<()> {
+        let mut exchange = connection.accept_exchange().await?;
+        let request: EnrolRequest = exchange.recv_within(ANSWER_TIMEOUT).await?;
+        let name = request.name.clone();
+        let reply = match self.0.admit(request).await {
+            Ok(reply) => {
+                tracing::info!(%name, "a node joined the cluster");
+                reply
+            }
+            Err(refusal) => {
+                tracing::warn!(remote = %connection.remote_addr(), name, "refused a newcomer: {refusal}");
+                EnrolReply::Refused(refusal)
+            }
+        };
+        exchange.send_within(&reply, ANSWER_TIMEOUT).await?;
+        linger(exchange, connection).await;
+        Ok(())
+    }
+}
+
+/// Serves members' news.
+pub(crate) struct Membership(pub(crate) Arc<Node>);
+
+#[async_trait]
+impl Handler for Membership {
+    async fn handle(&self, connection: Connection, _cancel: CancellationToken) {
+        let remote = connection.remote_addr();
+        if let Err(error) = self.serve(&connection).await {
+            tracing::debug!(%remote, "membership news failed: {}", chain(&error));
+        }
+    }
+}
+
+impl Membership {
+    async fn serve(&self, connection: &Connection) -> flocker_transport::Result<()> {
+        let Some(peer) = connection.peer() else { return Ok(()) };
+        let mut exchange = connection.accept_exchange().await?;
+        let news: Members = exchange.recv_within(ANSWER_TIMEOUT).await?;
+        self.0.learn(news.members, &peer).await;
+        exchange.send_within(&Members { members: self.0.known_members() }, ANSWER_TIMEOUT).await?;
+        linger(exchange, connection).await;
+        Ok(())
+    }
+}
+
+/// Waits until the peer has read the last message and closed; a connection dropped at once may lose it.
+pub(crate) async fn linger(mut exchange: Exchange, connection: &Connection) {
+    exchange.finish();
+    let _ = tokio::time::timeout(ANSWER_TIMEOUT, connection.closed()).await;
+}
+
+/// The protocol of pushes and pulls, for [`Node::connect`].
+pub(crate) const PUSH_ALPN: &[u8] = ALPN;

@@ -1,0 +1,458 @@
+//! The sender's whole story of a push: offer, compare, plan, and one delta after the other.
+//!
+//! Owns the order of things on the sender. Refuses to know bytes on the wire ([`flocker_transport`]), which snapshots
+//! to send ([`flocker_replication::plan`]) and how a delta is made (the driver). Neighbours: [`crate::receive`] is the
+//! other side; [`crate::pull`] makes the peer run [`send`].
+//!
+//! A stream of a delta outlives its connection: when the line is cut while both daemons live it waits in [`Streams`],
+//! and the next attempt goes on at the frame the receiver wants.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use flocker_replication::{
+    divergence::{self, Receiver},
+    message::{
+        Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, Problem, StepStart,
+        StepStream, strip,
+    },
+    plan::{self, Direction, Outcome, Plan, Step},
+};
+use flocker_storage::{
+    delta::{Compare, DeltaReader, DeltaRequest, ResumePoint},
+    model::{HeldSnapshot, Lineage, NodeName, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
+};
+use flocker_transport::{
+    BoxError, BulkError, ChunkSource, CloseCode, Connection, Exchange, NO_PROGRESS, Outgoing, OutgoingLimits,
+};
+use uuid::Uuid;
+
+use crate::{
+    catalog::{Pin, Volume},
+    daemon::Node,
+    peers::{PUSH_ALPN, link_problem},
+    problem::{self, problem},
+    transfers::{Failure, Job},
+};
+
+/// How long the sender waits for a receiver to make a step durable: a big volume is flushed to a slow disk.
+pub(crate) const COMMIT_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+/// How long a cut stream waits for its receiver to come back before its frames are let go.
+pub(crate) const PARK_TIME: Duration = Duration::from_secs(120);
+
+/// What a sender is asked to do.
+pub(crate) struct Sending {
+    /// The same for each attempt.
+    pub(crate) transfer: Uuid,
+    /// Push or pull, for the words of a refusal.
+    pub(crate) direction: Direction,
+    /// The volume as it is here.
+    pub(crate) volume: Volume,
+    /// The snapshot the receiver shall have.
+    pub(crate) want: SnapshotId,
+    /// The name at the receiver.
+    pub(crate) name: VolumeName,
+    /// What shall happen when the histories have gone apart.
+    pub(crate) policy: DivergencePolicy,
+    /// Whether to act.
+    pub(crate) mode: Mode,
+    /// How changed files are found.
+    pub(crate) compare: Compare,
+}
+
+/// A conversation with a peer: its name for errors, the connection and the control stream.
+pub(crate) struct Line<'a> {
+    /// The peer's name.
+    pub(crate) peer: NodeName,
+    /// The connection.
+    pub(crate) connection: &'a Connection,
+    /// The control stream.
+    pub(crate) exchange: Exchange,
+}
+
+impl Line<'_> {
+    /// Turns a failure of the line into words.
+    pub(crate) fn failed(&self, error: flocker_transport::Error) -> Failure {
+        Failure { transient: error.kind.is_transient(), problem: link_problem(&self.peer, &error) }
+    }
+
+    /// Sends a message.
+    pub(crate) async fn send(&mut self, message: &Message) -> Result<(), Failure> {
+        self.exchange.send_within(message, NO_PROGRESS).await.map_err(|error| self.failed(error))
+    }
+
+    /// Receives a message that is in order. A problem the peer reports becomes a failure.
+    pub(crate) async fn recv(&mut self, wait: Duration) -> Result<Message, Failure> {
+        let message: Message = self.exchange.recv_within(wait).await.map_err(|error| self.failed(error))?;
+        if let Err(violation) = message.validate() {
+            self.connection.close(CloseCode::Protocol, "");
+            return Err(self.broke(violation).into());
+        }
+        match message {
+            Message::Problem(said) => {
+                Err(Failure { transient: said.is_transient(), problem: problem::from_peer(&self.peer, &said) })
+            }
+            message => Ok(message),
+        }
+    }
+
+    /// The peer does not keep to the protocol.
+    pub(crate) fn broke(&self, rule: impl std::fmt::Display) -> crate::api::types::ApiProblem {
+        problem(502, "protocol", format!("{} does not keep to the protocol: {rule}", self.peer))
+            .hint("both nodes should run the same version of flocker")
+    }
+
+    /// Tells the peer what went wrong here, as far as the line still carries it.
+    pub(crate) async fn report(&mut self, problem: &Problem) {
+        let _ = self.exchange.send_within(&Message::Problem(problem.clone()), NO_PROGRESS).await;
+        self.exchange.finish();
+        let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
+    }
+}
+
+/// One attempt of a push started here.
+pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome, Failure> {
+    let Some(snapshot) = &job.request.snapshot else {
+        return Err(problem::internal("a push names no snapshot").into());
+    };
+    let volume = node.catalog.find(&job.volume)?;
+    let want = node.sendable(&volume, snapshot).await?;
+    let row = node.find_peer(&job.request.peer).await?;
+    let connection = node.connect(&row, PUSH_ALPN).await?;
+    let _watch = node.close_on_cancel(&connection, &job.cancel);
+    let exchange = connection
+        .open_exchange()
+        .await
+        .map_err(|error| Failure { transient: error.kind.is_transient(), problem: link_problem(&row.name, &error) })?;
+    let mut line = Line { peer: row.name, connection: &connection, exchange };
+    let sending = Sending {
+        transfer: job.id,
+        direction: Direction::Push,
+        name: job.request.as_name.clone().unwrap_or_else(|| volume.record.name.clone()),
+        volume,
+        want,
+        policy: job.request.on_divergence,
+        mode: if job.request.dry_run { Mode::DryRun } else { Mode::Run },
+        compare: job.request.compare,
+    };
+    let outcome = send(node, &mut line, &sending, Some(job)).await?;
+    connection.close(CloseCode::Done, "");
+    Ok(outcome)
+}
+
+/// The sender's story on a stream where the receiver waits for an offer.
+pub(crate) async fn send(
+    node: &Arc<Node>,
+    line: &mut Line<'_>,
+    sending: &Sending,
+    job: Option<&Arc<Job>>,
+) -> Result<Outcome, Failure> {
+    let lineage = node.driver.lineage(sending.volume.record.id).await.map_err(problem_of)?;
+    if lineage.snapshots.len() > LINEAGE_LIMIT {
+        return Err(problem(
+            409,
+            "limit",
+            format!("{} has more than {LINEAGE_LIMIT} snapshots", sending.volume.record.name),
+        )
+        .into());
+    }
+    // What a transfer reads or builds on is not destroyed underneath it.
+    let _pin: Pin = node.pins.pin(lineage.snapshots.iter().map(HeldSnapshot::key));
+    let offer = Offer {
+        protocol: PROTOCOL,
+        transfer: sending.transfer,
+        volume: sending.volume.record.clone(),
+        name: sending.name.clone(),
+        lineage: strip(&lineage),
+        want: sending.want,
+        formats: node.driver.capabilities().formats.clone(),
+        policy: sending.policy,
+        mode: sending.mode,
+        sender: node.host(),
+    };
+    line.send(&Message::Offer(Box::new(offer))).await?;
+    let answer = match line.recv(NO_PROGRESS).await? {
+        Message::Answer(answer) => *answer,
+        other => return Err(line.broke(format!("{} instead of an answer", other.kind())).into()),
+    };
+    if let Some(job) = job {
+        job.met_peer();
+    }
+    let (outcome, steps) = compare(node, sending, &lineage, &answer)?;
+    if steps.is_empty() || sending.mode == Mode::DryRun {
+        line.send(&Message::Conclude(Box::new(outcome.clone()))).await?;
+    } else {
+        if let Some(job) = job {
+            job.planned(&outcome, steps[0].base.is_none());
+        }
+        for (number, step) in (0_u32..).zip(&steps) {
+            send_step(node, line, sending, job, number, step, &lineage, &answer).await?;
+            let peer = answer.receiver.id.to_string();
+            node.state
+                .put_common(sending.volume.record.id, peer, step.snapshot.snapshot.id)
+                .await
+                .map_err(crate::api::types::ApiProblem::from)?;
+        }
+        line.send(&Message::Finish).await?;
+    }
+    match line.recv(NO_PROGRESS).await? {
+        Message::Finished => Ok(outcome),
+        other => Err(line.broke(format!("{} instead of the end", other.kind())).into()),
+    }
+}
+
+fn problem_of(error: flocker_storage::error::Error) -> crate::api::types::ApiProblem {
+    error.into()
+}
+
+/// Compares both histories. No steps: up to date, or refused.
+fn compare(
+    node: &Node,
+    sending: &Sending,
+    lineage: &Lineage,
+    answer: &Answer,
+) -> Result<(Outcome, Vec<Step>), Failure> {
+    let relation = divergence::compare(lineage, &Receiver::from(answer), sending.want)
+        .map_err(|error| problem::internal(problem::chain(&error)))?;
+    let parties = plan::Parties {
+        direction: sending.direction,
+        volume: sending.volume.record.name.clone(),
+        name: sending.name.clone(),
+        sender: node.host(),
+        receiver: answer.receiver.clone(),
+    };
+    let planned = plan::plan(lineage, sending.want, relation, &parties, &node.driver.capabilities().formats, answer)
+        .map_err(|error| problem(409, "no_common_format", problem::chain(&error)))?;
+    Ok(match planned {
+        Plan::UpToDate(outcome) => (outcome, Vec::new()),
+        Plan::FastForward(outcome, steps) => (outcome, steps),
+        Plan::Refuse(refusal) => (refusal.0, Vec::new()),
+    })
+}
+
+/// Sends one snapshot and waits until the receiver holds it.
+#[allow(clippy::too_many_arguments)]
+async fn send_step(
+    node: &Arc<Node>,
+    line: &mut Line<'_>,
+    sending: &Sending,
+    job: Option<&Arc<Job>>,
+    number: u32,
+    step: &Step,
+    lineage: &Lineage,
+    answer: &Answer,
+) -> Result<(), Failure> {
+    let target = step.snapshot.snapshot.id;
+    let parked = node.streams.take(sending.transfer).filter(|stream| stream.fits(step));
+    let mut stream = match parked {
+        Some(stream) => stream,
+        None => Stream::new(step),
+    };
+    let begin = begin_step(number, step, lineage, answer, &stream)?;
+    line.send(&Message::BeginStep(Box::new(begin))).await?;
+    let start = match line.recv(COMMIT_TIMEOUT).await? {
+        Message::StepDone(done) if done.step == number => {
+            note_done(job);
+            return Ok(());
+        }
+        Message::StepReady(ready) if ready.step == number => ready.start,
+        other => return Err(line.broke(format!("{} instead of being ready for step {number}", other.kind())).into()),
+    };
+    if let Some(job) = job {
+        if start != StepStart::Beginning {
+            job.resumed();
+        }
+        if !matches!(start, StepStart::Frame(_)) {
+            job.stream_over();
+        }
+    }
+    let first_frame = match start {
+        StepStart::Frame(frame) => frame,
+        StepStart::Beginning => stream.open(node, sending.compare, None).await?,
+        StepStart::Point(point) => stream.open(node, sending.compare, Some(point)).await?,
+    };
+    let link = line.connection.open_bulk(u64::from(number)).await.map_err(|error| line.failed(error))?;
+    let report = |progress: flocker_transport::Progress| {
+        if let Some(job) = job {
+            job.moved(progress.raw_bytes, progress.wire_bytes);
+        }
+    };
+    let Some(source) = &mut stream.source else {
+        return Err(line.broke("it goes on with a stream that this node has not opened").into());
+    };
+    let sent = stream.outgoing.run(link, first_frame, source, &report).await;
+    if let Err(error) = sent {
+        return Err(step_failed(node, line, sending, job, stream, error).await);
+    }
+    match line.recv(COMMIT_TIMEOUT).await? {
+        Message::StepDone(done) if done.step == number && done.held.snapshot.id == target => {
+            note_done(job);
+            Ok(())
+        }
+        other => Err(line.broke(format!("{} instead of the end of step {number}", other.kind())).into()),
+    }
+}
+
+fn note_done(job: Option<&Arc<Job>>) {
+    if let Some(job) = job {
+        job.step_done();
+    }
+}
+
+fn begin_step(
+    number: u32,
+    step: &Step,
+    lineage: &Lineage,
+    answer: &Answer,
+    stream: &Stream,
+) -> Result<BeginStep, Failure> {
+    let held = lineage.find(step.snapshot.snapshot.id);
+    let held = held.ok_or_else(|| problem::internal("a planned snapshot is not in the lineage"))?;
+    let base = step.base.map(|base| base.on_receiver);
+    let partial = answer.partial.as_ref().filter(|partial| {
+        partial.snapshot.id == held.snapshot.id && partial.base == base && partial.format == step.format
+    });
+    Ok(BeginStep {
+        step: number,
+        snapshot: held.snapshot.clone(),
+        unchanged: held.unchanged,
+        logical_bytes: held.logical_bytes,
+        base,
+        format: step.format.clone(),
+        stream: StepStream { id: stream.id, oldest_frame: stream.oldest_frame() },
+        resume: partial.map(|partial| partial.point.clone()),
+    })
+}
+
+/// Sorts a failed stream: parks it where the line was lost, asks the peer for its reason, or tells it ours.
+async fn step_failed(
+    node: &Arc<Node>,
+    line: &mut Line<'_>,
+    sending: &Sending,
+    job: Option<&Arc<Job>>,
+    stream: Stream,
+    error: BulkError,
+) -> Failure {
+    match error {
+        BulkError::Interrupted(error) => {
+            let failure = line.failed(error);
+            if failure.transient && !job.is_some_and(|job| job.cancel.is_cancelled()) {
+                node.streams.park(sending.transfer, stream);
+            }
+            failure
+        }
+        BulkError::Source(error) => {
+            let problem = match error.downcast::<flocker_storage::error::Error>() {
+                Ok(error) => problem_of(*error),
+                Err(error) => problem::internal(error),
+            };
+            line.report(&problem::to_peer(&problem)).await;
+            problem.into()
+        }
+        BulkError::Stopped(_) => match line.recv(NO_PROGRESS).await {
+            Err(failure) => failure,
+            Ok(other) => line.broke(format!("{} instead of its reason to stop", other.kind())).into(),
+        },
+        other => problem(502, "transfer_failed", format!("{}: {}", line.peer, problem::chain(&other))).into(),
+    }
+}
+
+/// A delta on its way: what it is, the driver's reader, and the frames the receiver has not consumed.
+pub(crate) struct Stream {
+    id: Uuid,
+    target: SnapshotKey,
+    base: Option<SnapshotKey>,
+    format: flocker_storage::delta::DeltaFormat,
+    outgoing: Outgoing,
+    source: Option<DeltaSource>,
+    parked: Instant,
+}
+
+impl Stream {
+    fn new(step: &Step) -> Self {
+        Self {
+            id: Uuid::new_v4(),
+            target: step.snapshot.key(),
+            base: step.base.map(|base| base.on_sender),
+            format: step.format.clone(),
+            outgoing: Outgoing::new(OutgoingLimits::default()),
+            source: None,
+            parked: Instant::now(),
+        }
+    }
+
+    fn fits(&self, step: &Step) -> bool {
+        self.target == step.snapshot.key()
+            && self.base == step.base.map(|base| base.on_sender)
+            && self.format == step.format
+    }
+
+    fn oldest_frame(&self) -> u64 {
+        self.outgoing.oldest_sequence()
+    }
+
+    /// Starts reading the delta from its beginning or from a point, and returns the first frame's number; frames of an
+    /// earlier reading are let go.
+    async fn open(&mut self, node: &Node, compare: Compare, resume: Option<ResumePoint>) -> Result<u64, Failure> {
+        let request =
+            DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
+        let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
+        self.outgoing = Outgoing::new(OutgoingLimits::default());
+        self.source = Some(DeltaSource(reader));
+        Ok(0)
+    }
+}
+
+struct DeltaSource(Box<dyn DeltaReader>);
+
+#[async_trait]
+impl ChunkSource for DeltaSource {
+    async fn next(&mut self) -> Result<Option<Bytes>, BoxError> {
+        self.0.next().await.map_err(Into::into)
+    }
+}
+
+/// Streams whose line was cut, by transfer.
+#[derive(Default)]
+pub(crate) struct Streams {
+    parked: Mutex<HashMap<Uuid, Stream>>,
+}
+
+impl Streams {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Stream>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, transfer: Uuid) -> Option<Stream> {
+        self.lock().remove(&transfer)
+    }
+
+    fn park(&self, transfer: Uuid, mut stream: Stream) {
+        stream.parked = Instant::now();
+        self.lock().insert(transfer, stream);
+    }
+
+    /// Lets go of streams whose receiver did not come back.
+    pub(crate) fn drop_stale(&self) {
+        self.lock().retain(|_, stream| stream.parked.elapsed() < PARK_TIME);
+    }
+}
+
+impl Node {
+    /// Finds a snapshot to send in a volume's lineage by name: one of its own, else one along its origin.
+    pub(crate) async fn sendable(
+        &self,
+        volume: &Volume,
+        name: &SnapshotName,
+    ) -> Result<SnapshotId, crate::api::types::ApiProblem> {
+        if let Ok(held) = volume.snapshot(name) {
+            return Ok(held.snapshot.id);
+        }
+        Err(problem::snapshot_not_found(&volume.record.name, name))
+    }
+}

@@ -1,0 +1,667 @@
+//! The receiver's whole story of a push or a pull: answer an offer, take in one delta after the other, publish each.
+//!
+//! Owns the order of things on the receiver, which volumes are being received into ([`Inbox`]), and what becomes of a
+//! receive whose line is cut: it waits for its sender, open, and is suspended into a resume point after a while or when
+//! the node stops. Refuses to know what fits a history ([`flocker_replication::inbound`]) and how a delta is applied
+//! (the driver). Neighbour: [`crate::push`] is the other side.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use flocker_certs::PeerIdentity;
+use flocker_replication::{
+    binding::{self, Binding},
+    inbound::{Inbound, Next},
+    message::{
+        Answer, BeginStep, Description, Message, Mode, Offer, PROTOCOL, Problem, ProblemCode, PullRequest, StepDone,
+        StepReady, StepStart, strip,
+    },
+    plan::{Direction, Outcome},
+};
+use flocker_storage::{
+    delta::{Compare, Partial, ReceiveRequest, Receiving, ResumePoint},
+    error::ErrorKind,
+    fault,
+    model::{
+        HeadState, HeldSnapshot, Lineage, NodeName, Role, SnapshotId, SnapshotKey, VolumeId, VolumeName, VolumeRecord,
+    },
+};
+use flocker_transport::{
+    BoxError, BulkError, ChunkSink, CloseCode, Connection, ErrorKind as LinkErrorKind, Handler, Incoming, NO_PROGRESS,
+};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    api::types::ApiProblem,
+    catalog::Volume,
+    config::Verb,
+    daemon::Node,
+    peers::linger,
+    problem::{self, problem},
+    push::{self, COMMIT_TIMEOUT, Line, PARK_TIME, Sending},
+    transfers::{Failure, Job},
+};
+
+/// How long a new attempt waits for the old one of the same transfer to notice that its line is gone.
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What is known of an incoming history before the first step.
+pub(crate) struct Receipt {
+    /// What is offered.
+    pub(crate) offer: Offer,
+    /// The pull that asked for it; a push by the peer has none here.
+    pub(crate) job: Option<Arc<Job>>,
+}
+
+/// Serves pushes, pulls and questions of members.
+pub(crate) struct Replication(pub(crate) Arc<Node>);
+
+#[async_trait]
+impl Handler for Replication {
+    async fn handle(&self, connection: Connection, cancel: CancellationToken) {
+        let node = &self.0;
+        let Some(peer) = connection.peer() else {
+            return connection.close(CloseCode::AnonymousNotAllowed, "");
+        };
+        if !node.check_peer(&peer) {
+            return connection.close(CloseCode::Refused, "another node has this name");
+        }
+        let Ok(name) = peer.name.parse::<NodeName>() else {
+            return connection.close(CloseCode::Refused, "not a node name");
+        };
+        let _watch = node.close_on_cancel(&connection, &cancel);
+        let exchange = match connection.accept_exchange().await {
+            Ok(exchange) => exchange,
+            Err(error) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
+        };
+        let mut line = Line { peer: name.clone(), connection: &connection, exchange };
+        if let Err(failure) = self.serve(&mut line, peer).await {
+            tracing::warn!(peer = %name, "an exchange failed: {}", failure.problem);
+            if !failure.problem.code.starts_with("peer_") {
+                line.report(&problem::to_peer(&failure.problem)).await;
+            }
+            return;
+        }
+        linger(line.exchange, &connection).await;
+    }
+}
+
+impl Replication {
+    async fn serve(&self, line: &mut Line<'_>, peer: PeerIdentity) -> Result<(), Failure> {
+        let node = &self.0;
+        match line.recv(NO_PROGRESS).await? {
+            Message::Offer(offer) => {
+                check_protocol(offer.protocol)?;
+                node.check_right(&peer, &offer.name, Verb::Push)?;
+                receive(node, line, Receipt { offer: *offer, job: None }).await.map(|_| ())
+            }
+            Message::PullRequest(request) => {
+                check_protocol(request.protocol)?;
+                node.check_right(&peer, &request.volume, Verb::Read)?;
+                serve_pull(node, line, *request).await
+            }
+            Message::Describe(request) => {
+                check_protocol(request.protocol)?;
+                node.check_right(&peer, &request.volume, Verb::Read)?;
+                let description = describe(node, &request.volume).await?;
+                line.send(&Message::Description(Box::new(description))).await
+            }
+            other => Err(line.broke(format!("it opened with {}", other.kind())).into()),
+        }
+    }
+}
+
+fn check_protocol(theirs: u32) -> Result<(), Failure> {
+    if theirs == PROTOCOL {
+        return Ok(());
+    }
+    Err(problem(
+        409,
+        "version_mismatch",
+        format!("the peer speaks revision {theirs} of the protocol, this node {PROTOCOL}"),
+    )
+    .into())
+}
+
+async fn serve_pull(node: &Arc<Node>, line: &mut Line<'_>, request: PullRequest) -> Result<(), Failure> {
+    let volume = node.catalog.find(&request.volume)?;
+    let want = match &request.snapshot {
+        Some(name) => node.sendable(&volume, name).await?,
+        None => match volume.snapshots.last() {
+            Some(held) => held.snapshot.id,
+            None => {
+                let detail = format!("volume {} has no snapshot of its own yet", request.volume);
+                return Err(problem(404, "snapshot_not_found", detail).into());
+            }
+        },
+    };
+    let sending = Sending {
+        transfer: request.transfer,
+        direction: Direction::Pull,
+        volume,
+        want,
+        name: request.name,
+        policy: request.policy,
+        mode: request.mode,
+        compare: Compare::Metadata,
+    };
+    push::send(node, line, &sending, None).await.map(|_| ())
+}
+
+async fn describe(node: &Node, name: &VolumeName) -> Result<Description, Failure> {
+    let volume = node.catalog.find(name)?;
+    let id = volume.record.id;
+    let lineage = node.driver.lineage(id).await.map_err(ApiProblem::from)?;
+    Ok(Description {
+        head: node.driver.head_state(id).await.map_err(ApiProblem::from)?,
+        lineage: strip(&lineage),
+        mounted: node.mounts.of(id).map(|row| row.path),
+        formats: node.driver.capabilities().formats.clone(),
+        host: node.host(),
+        volume: volume.record,
+    })
+}
+
+/// The receiver's story on a stream where an offer has come.
+pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, receipt: Receipt) -> Result<Outcome, Failure> {
+    let (answer, taken) = answer(node, &receipt.offer).await?;
+    let lands_in = answer.lands_in;
+    let mut inbound = Inbound::new(&receipt.offer, &answer);
+    line.send(&Message::Answer(Box::new(answer))).await?;
+    let mut claim: Option<Claim> = None;
+    let mut last = None;
+    loop {
+        match line.recv(COMMIT_TIMEOUT).await? {
+            Message::BeginStep(begin) => {
+                if taken || receipt.offer.mode == Mode::DryRun {
+                    return Err(line.broke("it sends what it must not").into());
+                }
+                let claim = match &mut claim {
+                    Some(claim) => claim,
+                    none => {
+                        let claim = none.insert(Claim::make(node, line, &receipt, lands_in).await?);
+                        node.check_replaceable(lands_in)?;
+                        claim
+                    }
+                };
+                let held = receive_step(node, line, &receipt, claim, &mut inbound, &begin).await?;
+                last = Some(held);
+            }
+            Message::Conclude(outcome) => {
+                line.send(&Message::Finished).await?;
+                return Ok(*outcome);
+            }
+            Message::Finish => {
+                line.send(&Message::Finished).await?;
+                let Some(held) = last else { return Err(line.broke("it ended without a step").into()) };
+                return Ok(inbound.outcome(&held));
+            }
+            other => return Err(line.broke(format!("{} where a step begins", other.kind())).into()),
+        }
+    }
+}
+
+/// Says what this node holds of what is offered; and whether the name belongs to an unrelated volume.
+async fn answer(node: &Node, offer: &Offer) -> Result<(Answer, bool), Failure> {
+    let held: Vec<VolumeRecord> = node.catalog.volumes().into_iter().map(|volume| volume.record).collect();
+    let binding = binding::bind(&offer.volume, &offer.name, &held);
+    let lands_in = binding.lands_in();
+    let volume = binding.volume().cloned();
+    let (lineage, head) = match &volume {
+        Some(record) => (
+            node.driver.lineage(record.id).await.map_err(ApiProblem::from)?,
+            node.driver.head_state(record.id).await.map_err(ApiProblem::from)?,
+        ),
+        None => (Lineage::default(), HeadState::Clean),
+    };
+    let offered: BTreeSet<SnapshotId> = offer.lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
+    let answer = Answer {
+        mounted: volume.as_ref().and_then(|record| node.mounts.of(record.id)).map(|row| row.path),
+        lineage: strip(&lineage),
+        head,
+        elsewhere: node.catalog.elsewhere(&offered, lands_in),
+        formats: node.driver.capabilities().formats.clone(),
+        partial: if node.inbox.is_parked(lands_in) {
+            None
+        } else {
+            node.driver.partial(lands_in).await.map_err(ApiProblem::from)?
+        },
+        receiver: node.host(),
+        lands_in,
+        volume,
+    };
+    Ok((answer, matches!(binding, Binding::Taken(..))))
+}
+
+/// Takes in one snapshot.
+async fn receive_step(
+    node: &Arc<Node>,
+    line: &mut Line<'_>,
+    receipt: &Receipt,
+    claim: &Claim,
+    inbound: &mut Inbound,
+    begin: &BeginStep,
+) -> Result<HeldSnapshot, Failure> {
+    let volume = claim.volume;
+    let lineage = node.lineage_or_none(volume).await?;
+    let next = match inbound.begin(begin, &lineage) {
+        Ok(next) => next,
+        Err(said) => return Err(refuse(line, said).await),
+    };
+    if let Next::Skip(held) = next {
+        line.send(&Message::StepDone(Box::new(StepDone { step: begin.step, held: held.clone() }))).await?;
+        return Ok(held);
+    }
+    let _pin = begin.base.map(|base| node.pins.pin([base]));
+    let mut open = match reopen(node, claim, begin).await? {
+        Some(open) => open,
+        None => open_receive(node, receipt, volume, begin).await?,
+    };
+    line.send(&Message::StepReady(StepReady { step: begin.step, start: open.start.clone() })).await?;
+    let link = line.connection.accept_bulk(u64::from(begin.step)).await;
+    let link = match link {
+        Ok(link) => link,
+        Err(error) => {
+            let failure = line.failed(error);
+            node.inbox.park(volume, receipt.offer.transfer, begin, open);
+            return Err(failure);
+        }
+    };
+    if let Some(job) = &receipt.job {
+        job.step_begun(begin.step, begin.logical_bytes);
+        if open.start != StepStart::Beginning {
+            job.resumed();
+        }
+        if !matches!(open.start, StepStart::Frame(_)) {
+            job.stream_over();
+        }
+    }
+    let report = |progress: flocker_transport::Progress| {
+        if let Some(job) = &receipt.job {
+            job.moved(progress.raw_bytes, progress.wire_bytes);
+        }
+    };
+    let mut sink = Sink(open.receiving);
+    let received = open.incoming.run(link, &mut sink, &report).await;
+    open.receiving = sink.0;
+    fault::point("node.receive.before-commit");
+    if let Err(error) = received {
+        return Err(receive_failed(node, line, receipt, volume, begin, open, error).await);
+    }
+    let held = publish(node, receipt, volume, open.receiving).await?;
+    if let Some(job) = &receipt.job {
+        job.step_done();
+    }
+    fault::point("node.receive.before-step-done");
+    line.send(&Message::StepDone(Box::new(StepDone { step: begin.step, held: held.clone() }))).await?;
+    Ok(held)
+}
+
+async fn refuse(line: &mut Line<'_>, said: Problem) -> Failure {
+    let detail = said.describe();
+    line.report(&said).await;
+    problem(409, "peer_step_refused", format!("refused a step of {}: {detail}", line.peer)).into()
+}
+
+/// Publishes what arrived, unless somebody has mounted the volume for writing meanwhile.
+async fn publish(
+    node: &Node,
+    receipt: &Receipt,
+    volume: VolumeId,
+    receiving: Box<dyn Receiving>,
+) -> Result<HeldSnapshot, Failure> {
+    let _guard = node.catalog.work_on(volume).await;
+    let known = node.catalog.get(volume);
+    if let Some(known) = &known {
+        node.make_replica(known, &receipt.offer.volume).await?;
+    }
+    let name = &receipt.offer.name;
+    let _reserved = match &known {
+        Some(_) => None,
+        None => Some(node.catalog.reserve(name)?),
+    };
+    let held = receiving.commit().await.map_err(ApiProblem::from)?;
+    fault::point("node.receive.after-commit");
+    match known {
+        Some(_) => node.catalog.add_snapshot(held.clone()),
+        None => {
+            // The record is read back from the driver, which has just made the volume.
+            node.catalog.reload(&*node.driver).await.map_err(ApiProblem::from)?;
+        }
+    }
+    Ok(held)
+}
+
+/// An open receive and where its bytes go on.
+struct Open {
+    start: StepStart,
+    incoming: Incoming,
+    receiving: Box<dyn Receiving>,
+}
+
+/// Goes on with a receive whose line was cut, if it is of this very stream; one of another is suspended.
+async fn reopen(node: &Node, claim: &Claim, begin: &BeginStep) -> Result<Option<Open>, Failure> {
+    let Some(parked) = node.inbox.take_parked(claim.volume) else { return Ok(None) };
+    let frame = parked.incoming.next_sequence();
+    if parked.stream == begin.stream.id && parked.snapshot == begin.snapshot.id && frame >= begin.stream.oldest_frame {
+        let Parked { incoming, receiving, .. } = parked;
+        return Ok(Some(Open { start: StepStart::Frame(frame), incoming, receiving }));
+    }
+    parked.receiving.suspend().await.map_err(ApiProblem::from)?;
+    Ok(None)
+}
+
+/// Opens a receive: where an earlier one of the same snapshot stopped, else at the beginning.
+async fn open_receive(node: &Node, receipt: &Receipt, volume: VolumeId, begin: &BeginStep) -> Result<Open, Failure> {
+    let partial = node.driver.partial(volume).await.map_err(ApiProblem::from)?;
+    let fits = |partial: &Partial| {
+        partial.snapshot.id == begin.snapshot.id && partial.base == begin.base && partial.format == begin.format
+    };
+    let point = match partial {
+        Some(partial) if fits(&partial) => Some(partial.point),
+        Some(_) => {
+            node.driver.discard_partial(volume).await.map_err(ApiProblem::from)?;
+            None
+        }
+        None => None,
+    };
+    let request = |resume: Option<ResumePoint>| ReceiveRequest {
+        volume: new_record(node, receipt, volume, begin.base),
+        snapshot: begin.snapshot.clone(),
+        base: begin.base,
+        format: begin.format.clone(),
+        resume,
+    };
+    let incoming = Incoming::new();
+    if let Some(point) = point {
+        match node.driver.receive(request(Some(point.clone()))).await {
+            Ok(receiving) => return Ok(Open { start: StepStart::Point(point), incoming, receiving }),
+            Err(error) if matches!(error.kind, ErrorKind::ResumeStale(_)) => {
+                tracing::info!(%volume, "a resume point does not fit any more: {}", problem::chain(&error));
+                node.driver.discard_partial(volume).await.map_err(ApiProblem::from)?;
+            }
+            Err(error) => return Err(ApiProblem::from(error).into()),
+        }
+    }
+    let receiving = node.driver.receive(request(None)).await.map_err(ApiProblem::from)?;
+    Ok(Open { start: StepStart::Beginning, incoming, receiving })
+}
+
+/// The record of the volume that a first snapshot makes.
+fn new_record(node: &Node, receipt: &Receipt, volume: VolumeId, base: Option<SnapshotKey>) -> VolumeRecord {
+    let offered = &receipt.offer.volume;
+    VolumeRecord {
+        id: volume,
+        name: receipt.offer.name.clone(),
+        metadata: offered.metadata.clone(),
+        created: offered.created,
+        origin: base.filter(|base| base.volume != volume),
+        role: Role::Replica,
+        epoch: offered.epoch,
+        quota_bytes: offered.quota_bytes.filter(|_| node.driver.capabilities().quota),
+    }
+}
+
+/// Sorts a failed receive: parks it where the line was lost, discards it otherwise and tells the sender why.
+async fn receive_failed(
+    node: &Node,
+    line: &mut Line<'_>,
+    receipt: &Receipt,
+    volume: VolumeId,
+    begin: &BeginStep,
+    open: Open,
+    error: BulkError,
+) -> Failure {
+    let snapshot = begin.snapshot.id;
+    match error {
+        BulkError::Interrupted(error) => {
+            let cancelled = receipt.job.as_ref().is_some_and(|job| job.cancel.is_cancelled())
+                || matches!(error.kind, LinkErrorKind::ClosedByPeer { code: CloseCode::Cancelled, .. });
+            let failure = line.failed(error);
+            if !cancelled {
+                node.inbox.park(volume, receipt.offer.transfer, begin, open);
+            }
+            failure
+        }
+        BulkError::Sink(error) => {
+            drop(open);
+            let problem: ApiProblem = match error.downcast::<flocker_storage::error::Error>() {
+                Ok(error) => match error.kind {
+                    ErrorKind::Corrupt(_) => {
+                        let said = Problem::new(ProblemCode::Malformed).with("snapshot", snapshot);
+                        let failure = refuse(line, said.with("what", problem::chain(&*error))).await;
+                        return failure;
+                    }
+                    _ => (*error).into(),
+                },
+                Err(error) => problem::internal(error),
+            };
+            line.report(&problem::to_peer(&problem)).await;
+            // The peer has been told; the handler must not tell it again.
+            ApiProblem { code: format!("peer_{}", problem.code), ..problem }.into()
+        }
+        BulkError::Corrupt(what) => {
+            drop(open);
+            tracing::error!(peer = %line.peer, %snapshot, "what arrived is not what was sent: {what}");
+            refuse(line, Problem::new(ProblemCode::DigestMismatch).with("snapshot", snapshot)).await
+        }
+        other => problem::internal(problem::chain(&other)).into(),
+    }
+}
+
+struct Sink(Box<dyn Receiving>);
+
+#[async_trait]
+impl ChunkSink for Sink {
+    async fn write(&mut self, chunk: Bytes) -> Result<(), BoxError> {
+        self.0.write(chunk).await.map_err(Into::into)
+    }
+}
+
+/// Which volumes are being received into, and receives that wait for their sender.
+#[derive(Default)]
+pub(crate) struct Inbox {
+    contents: Mutex<Contents>,
+}
+
+#[derive(Default)]
+struct Contents {
+    active: HashMap<VolumeId, Active>,
+    parked: HashMap<VolumeId, Parked>,
+}
+
+struct Active {
+    transfer: Uuid,
+    connection: Connection,
+    over: CancellationToken,
+}
+
+struct Parked {
+    stream: Uuid,
+    snapshot: SnapshotId,
+    incoming: Incoming,
+    receiving: Box<dyn Receiving>,
+    since: Instant,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses when a volume is being received into.
+    pub(crate) fn check_quiet(&self, volume: &Volume, what: &str) -> Result<(), ApiProblem> {
+        let contents = self.lock();
+        let Some(active) = contents.active.get(&volume.record.id) else { return Ok(()) };
+        let detail = format!("cannot {what} {}: a snapshot of it is arriving", volume.record.name);
+        Err(problem(409, "busy", detail).hint("wait until it is there").with("transfer", active.transfer))
+    }
+
+    fn is_parked(&self, volume: VolumeId) -> bool {
+        self.lock().parked.contains_key(&volume)
+    }
+
+    fn take_parked(&self, volume: VolumeId) -> Option<Parked> {
+        self.lock().parked.remove(&volume)
+    }
+
+    fn park(&self, volume: VolumeId, transfer: Uuid, begin: &BeginStep, open: Open) {
+        tracing::info!(%volume, %transfer, "the line is cut; waiting for the sender");
+        let parked = Parked {
+            stream: begin.stream.id,
+            snapshot: begin.snapshot.id,
+            incoming: open.incoming,
+            receiving: open.receiving,
+            since: Instant::now(),
+        };
+        self.lock().parked.insert(volume, parked);
+    }
+
+    /// Throws away a receive that waits, because its volume goes.
+    pub(crate) fn discard(&self, volume: VolumeId) {
+        drop(self.take_parked(volume));
+    }
+
+    /// Suspends receives whose sender did not come back in time.
+    pub(crate) async fn suspend_stale(&self) {
+        let stale: Vec<Parked> = {
+            let mut contents = self.lock();
+            let active: BTreeSet<VolumeId> = contents.active.keys().copied().collect();
+            let late =
+                |volume: &VolumeId, parked: &mut Parked| parked.since.elapsed() > PARK_TIME && !active.contains(volume);
+            contents.parked.extract_if(late).map(|(_, parked)| parked).collect()
+        };
+        suspend(stale).await;
+    }
+
+    /// Suspends all receives, when the node stops.
+    pub(crate) async fn suspend_all(&self, grace: Duration) {
+        let all: Vec<Parked> = self.lock().parked.drain().map(|(_, parked)| parked).collect();
+        if tokio::time::timeout(grace, suspend(all)).await.is_err() {
+            tracing::warn!("receives could not be suspended in time; they go on from an earlier point");
+        }
+    }
+}
+
+async fn suspend(receives: Vec<Parked>) {
+    for parked in receives {
+        if let Err(error) = parked.receiving.suspend().await {
+            tracing::error!("cannot keep a half-received snapshot: {}", problem::chain(&error));
+        }
+    }
+}
+
+/// The right to receive into one volume: nobody else may at the same time.
+struct Claim {
+    node: Arc<Node>,
+    volume: VolumeId,
+    over: CancellationToken,
+}
+
+impl Claim {
+    /// Claims a volume. An attempt of the same transfer whose line is gone is ended first; any other makes this one
+    /// wait for later ([`ProblemCode::Busy`]).
+    async fn make(node: &Arc<Node>, line: &mut Line<'_>, receipt: &Receipt, volume: VolumeId) -> Result<Self, Failure> {
+        let transfer = receipt.offer.transfer;
+        if let Some(claim) = Self::try_make(node, line, transfer, volume).await? {
+            return Ok(claim);
+        }
+        let old = {
+            let contents = node.inbox.lock();
+            let active = contents.active.get(&volume).filter(|active| active.transfer == transfer);
+            active.map(|active| (active.connection.clone(), active.over.clone()))
+        };
+        if let Some((connection, over)) = old {
+            connection.close(CloseCode::Done, "superseded");
+            let _ = tokio::time::timeout(TAKE_OVER_TIMEOUT, over.cancelled()).await;
+            if let Some(claim) = Self::try_make(node, line, transfer, volume).await? {
+                return Ok(claim);
+            }
+        }
+        let name = &receipt.offer.name;
+        let failure = problem(409, "busy", format!("another snapshot of {name} is arriving")).with("volume", name);
+        Err(Failure { transient: true, problem: failure })
+    }
+
+    async fn try_make(
+        node: &Arc<Node>,
+        line: &Line<'_>,
+        transfer: Uuid,
+        volume: VolumeId,
+    ) -> Result<Option<Self>, Failure> {
+        // Verbs that change the volume hold this lock while they look for claims.
+        let _guard = node.catalog.work_on(volume).await;
+        let over = CancellationToken::new();
+        let mut contents = node.inbox.lock();
+        if contents.active.contains_key(&volume) {
+            return Ok(None);
+        }
+        let connection = line.connection.clone();
+        contents.active.insert(volume, Active { transfer, connection, over: over.clone() });
+        Ok(Some(Self { node: node.clone(), volume, over }))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.node.inbox.lock().active.remove(&self.volume);
+        self.over.cancel();
+    }
+}
+
+impl Node {
+    fn check_right(&self, peer: &PeerIdentity, volume: &VolumeName, verb: Verb) -> Result<(), Failure> {
+        if self.config.permits(&peer.name, volume.as_str(), verb) {
+            return Ok(());
+        }
+        let verb = match verb {
+            Verb::Read => "read",
+            Verb::Push => "push",
+        };
+        let detail = format!("{} has no right to {verb} {volume} here", peer.name);
+        Err(problem(403, "not_permitted", detail).with("verb", verb).with("volume", volume).into())
+    }
+
+    async fn lineage_or_none(&self, volume: VolumeId) -> Result<Lineage, Failure> {
+        match self.catalog.get(volume) {
+            Some(_) => Ok(self.driver.lineage(volume).await.map_err(ApiProblem::from)?),
+            None => Ok(Lineage::default()),
+        }
+    }
+
+    /// Refuses before any byte flows what [`Node::make_replica`] would refuse after the last one.
+    fn check_replaceable(&self, volume: VolumeId) -> Result<(), Failure> {
+        match self.catalog.get(volume) {
+            Some(known) if known.record.role == Role::Primary => {
+                Ok(self.check_unmounted(&known, "replace the contents of")?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Prepares an existing volume for the next snapshot of a history that comes from elsewhere: nobody may be using
+    /// its head, and the head must hold nothing of its own. Then the volume follows its sender.
+    async fn make_replica(&self, known: &Volume, sender: &VolumeRecord) -> Result<(), Failure> {
+        let id = known.record.id;
+        if known.record.role == Role::Replica {
+            return Ok(());
+        }
+        self.check_unmounted(known, "replace the contents of")?;
+        if self.driver.head_state(id).await.map_err(ApiProblem::from)? == HeadState::Dirty {
+            let detail = format!("the head of {} has changes of its own", known.record.name);
+            return Err(problem(409, "dirty", detail).into());
+        }
+        let mut record = known.record.clone();
+        record.role = Role::Replica;
+        record.epoch = record.epoch.max(sender.epoch);
+        self.driver.set_record(&record).await.map_err(ApiProblem::from)?;
+        self.catalog.put(Volume { record, snapshots: known.snapshots.clone() });
+        Ok(())
+    }
+}
