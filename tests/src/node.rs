@@ -106,6 +106,16 @@ impl Node {
         self.cli(&["token", "create"]).ok().json()["token"].as_str().expect("a token is a text").to_owned()
     }
 
+    /// Waits until it knows where a peer is.
+    #[track_caller]
+    pub fn wait_knows(&self, peer: &str) {
+        wait_until(&format!("{} knows where {peer} is", self.name), SHORT, || {
+            let peers = self.http("GET", "/v1/peers", None).is(200).json();
+            let found = peers.as_array()?.iter().find(|known| known["name"] == peer)?.clone();
+            found["addresses"].as_array().filter(|addresses| !addresses.is_empty()).map(|_| ())
+        });
+    }
+
     /// Starts the daemon and waits until it is ready.
     #[track_caller]
     pub fn start(&mut self) {
@@ -352,6 +362,9 @@ impl Cluster {
                 Some(first) => Node::join(&scratch, &name, options, first),
             };
             node.start();
+            if let Some(first) = nodes.first() {
+                first.wait_knows(&name);
+            }
             nodes.push(node);
         }
         Self { nodes, scratch }

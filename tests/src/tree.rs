@@ -87,6 +87,7 @@ impl Listing {
             .unwrap_or_else(|error| panic!("cannot list {}: {error}", root.display()));
         let mut walk = Walk { listing: Self::default(), first_of_inode: HashMap::new() };
         walk.entry(&directory, b"", b".");
+        walk.forget_single_links();
         walk.listing
     }
 
@@ -150,6 +151,17 @@ struct Walk {
 }
 
 impl Walk {
+    /// An inode may have further names elsewhere (in other snapshots); within the tree it is one name then.
+    fn forget_single_links(&mut self) {
+        let mut names = HashMap::<String, u32>::new();
+        for first in self.listing.0.values().filter_map(|entry| entry.same_as.clone()) {
+            *names.entry(first).or_default() += 1;
+        }
+        for entry in self.listing.0.values_mut() {
+            entry.same_as.take_if(|first| names[first] == 1);
+        }
+    }
+
     fn entry(&mut self, parent: &OwnedFd, parent_path: &[u8], name: &[u8]) {
         let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).expect("stat");
         let path = match (name, parent_path) {

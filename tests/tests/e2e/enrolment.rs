@@ -33,9 +33,7 @@ fn nodes_that_joined_later_push_to_each_other() {
     std::fs::write(mount.join("file"), "from b").unwrap();
     b.cli(&["snapshot", "db@one"]).ok();
 
-    wait_until("host-b knows host-c", flocker_tests::SHORT, || {
-        array(&b.cli(&["peers"]).ok().json()).iter().any(|peer| peer["name"] == "host-c").then_some(())
-    });
+    b.wait_knows("host-c");
     b.push("db@one", "host-c");
 
     assert_eq!(std::fs::read_to_string(c.mount("db").join("file")).unwrap(), "from b");
@@ -135,7 +133,7 @@ fn a_node_of_another_cluster_at_a_peers_address_is_refused_on_both_sides() {
     assert_ne!(refused.code, 0);
     refused.says(&["host-b", "cluster"]);
     a.wait_logged("cluster");
-    foreign.wait_logged("certificate");
+    foreign.wait_logged("another cluster");
     assert!(array(&foreign.cli(&["list"]).ok().json()).is_empty());
 }
 
@@ -172,7 +170,7 @@ fn a_name_that_is_taken_is_not_given_to_another_node() {
     let refused = flocker_tests::Running::start(&mut command).finish(flocker_tests::SHORT);
 
     assert_ne!(refused.code, 0);
-    refused.says(&["host-b"]);
+    refused.says(&["has this name"]);
     a.wait_logged("host-b");
 }
 

@@ -217,6 +217,7 @@ fn paths_longer_than_path_max_arrive() {
     a.cli(&["snapshot", "db@one"]).ok();
     a.push("db@one", "host-b");
     rustix::fs::unlinkat(&folder, "bottom", AtFlags::empty()).unwrap();
+    drop((file, folder));
     a.cli(&["snapshot", "db@two"]).ok();
     a.push("db@two", "host-b");
 
