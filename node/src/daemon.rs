@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use rustix::fs::FlockOperation;
 use tokio::{
     net::{UnixListener, UnixStream},
+    signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
 };
 use tokio_util::{
@@ -39,6 +40,8 @@ use crate::{
 
 /// How long a stop waits for work to reach an end or a point to go on from.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long start-up waits for peers to take note of it.
+const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often parked streams and receives are looked through.
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -120,6 +123,7 @@ pub(crate) struct Node {
 /// Runs a node until it is told to stop.
 pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError> {
     let DaemonRequest { paths, config_file, listen, ready, stop } = request;
+    let signals = Signals::install();
     let config_path = config_file.unwrap_or_else(|| paths.config.clone());
     if !config_path.exists() {
         return Err(DaemonError::NotInitialised(paths.state));
@@ -141,6 +145,8 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     let (endpoint, accept) = (node.endpoint.clone(), accepting.clone());
     services.spawn(async move { router.serve(endpoint, accept).await });
     let stop_api = CancellationToken::new();
+    // Peers are told where this node listens before it says that it is ready.
+    let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, node.sync_members()).await;
     let mut api = JoinSet::new();
     api.spawn(api::server::serve(listener, node.clone(), stop_api.clone()));
     node.tasks.spawn(node.clone().keep_members_in_sync());
@@ -150,7 +156,7 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     tracing::info!(name = %node.name, id = %node.identity.node_id, listen = %node.listen, socket = %node.paths.socket.display(), "ready");
     ready(&resource);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    wait_for_stop(&stop).await;
+    signals.wait(&stop).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("stopping");
     stop_api.cancel();
@@ -161,17 +167,26 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     Ok(())
 }
 
-async fn wait_for_stop(stop: &CancellationToken) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return stop.cancelled().await;
-    };
-    tokio::select! {
-        biased;
-        () = stop.cancelled() => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// SIGTERM and SIGINT, caught from the first moment: a stop that comes during start-up is obeyed after it.
+struct Signals {
+    caught: Option<(Signal, Signal)>,
+}
+
+impl Signals {
+    fn install() -> Self {
+        Self {
+            caught: signal(SignalKind::terminate()).and_then(|term| Ok((term, signal(SignalKind::interrupt())?))).ok(),
+        }
+    }
+
+    async fn wait(self, stop: &CancellationToken) {
+        let Some((mut terminate, mut interrupt)) = self.caught else { return stop.cancelled().await };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }
 

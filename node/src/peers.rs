@@ -214,11 +214,13 @@ impl Node {
 
     /// Compares notes with every known peer; those that do not answer are left for the next time.
     pub(crate) async fn sync_members(&self) {
-        for row in self.peers.all() {
-            if let Err(error) = self.sync_with(&row).await {
+        let rows = self.peers.all();
+        let all = rows.iter().map(|row| async move {
+            if let Err(error) = self.sync_with(row).await {
                 tracing::debug!(peer = %row.name, "no membership news: {error}");
             }
-        }
+        });
+        futures_util::future::join_all(all).await;
     }
 
     async fn sync_with(&self, row: &PeerRow) -> Result<()> {

@@ -48,6 +48,8 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome,
     job.met_peer();
     let receipt = Receipt { offer, job: Some(job.clone()) };
     let outcome = receive::receive(node, &mut line, receipt).await?;
+    // The peer's story ends with this node's last message: it must arrive before the line is closed.
+    let _ = line.exchange.flush(NO_PROGRESS).await;
     connection.close(CloseCode::Done, "");
     Ok(outcome)
 }

@@ -8,8 +8,8 @@ use flocker_storage::{
     error::ErrorKind,
     fault,
     model::{
-        HeldSnapshot, Host, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName, SnapshotRef, VolumeId, VolumeName,
-        VolumeRecord, check_metadata,
+        HeadState, HeldSnapshot, Host, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName, SnapshotRef, VolumeId,
+        VolumeName, VolumeRecord, check_metadata,
     },
 };
 use jiff::Timestamp;
@@ -210,8 +210,8 @@ impl Node {
         self.set_record(volume).await
     }
 
-    /// Puts a volume back to one of its own snapshots. Changes since the newest snapshot are what a rollback is there
-    /// to undo; newer snapshots are only touched when the request says how.
+    /// Puts a volume back to one of its own snapshots. Newer snapshots, and changes in the head that no snapshot holds,
+    /// are only touched when the request says how.
     pub(crate) async fn rollback(&self, name: &VolumeName, request: Rollback) -> Result<VolumeResource> {
         let fork_name = match &request.newer {
             Some(Newer::Fork(fork)) => Some(self.catalog.reserve(fork)?),
@@ -231,6 +231,9 @@ impl Node {
             Some(Newer::Fork(fork)) => self.split(&volume, keep, fork).await?,
             Some(Newer::Discard) if !newer.is_empty() => self.discard_newer(&volume, keep, &newer).await?,
             None if !newer.is_empty() => return Err(newer_exist(name, &request.snapshot, &newer)),
+            None if self.driver.head_state(volume.record.id).await? == HeadState::Dirty => {
+                return Err(head_is_dirty(name, &request.snapshot));
+            }
             _ => self.driver.rewind(keep).await.map_err(|error| self.blocked(error, &format!("roll back {name}")))?,
         }
         drop(fork_name);
@@ -331,6 +334,11 @@ impl Node {
     pub(crate) fn host(&self) -> Host {
         Host { id: self.host_id(), name: self.name.clone() }
     }
+}
+
+fn head_is_dirty(volume: &VolumeName, snapshot: &SnapshotName) -> ApiProblem {
+    let detail = format!("cannot roll back {volume} to {snapshot}: its head has changes that no snapshot holds");
+    problem(409, "dirty", detail).hint("--fork-newer NAME keeps them as a volume, --discard-newer throws them away")
 }
 
 fn newer_exist(volume: &VolumeName, snapshot: &SnapshotName, newer: &[HeldSnapshot]) -> ApiProblem {

@@ -35,7 +35,7 @@ impl fmt::Display for DeltaFormat {
 }
 
 /// Where an interrupted receive can go on: bytes that only the receiver's driver and the sender's driver, both of
-/// the step's format, understand. 4 KiB at most ([`RESUME_POINT_LIMIT`]); from a peer it is hostile input.
+/// the step's format, understand. 64 KiB at most ([`RESUME_POINT_LIMIT`]); from a peer it is hostile input.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResumePoint(pub Bytes);
 

@@ -8,7 +8,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::error::ErrorKind;
 
 /// The longest message. Lineages and listings of big clusters fit; data travels in bulk streams.
-pub const MESSAGE_LIMIT: usize = 8 * 1024 * 1024;
+pub const MESSAGE_LIMIT: usize = 16 * 1024 * 1024;
 
 const LENGTH_LEN: usize = 4;
 
