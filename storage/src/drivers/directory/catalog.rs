@@ -214,6 +214,12 @@ impl Pool {
         drop(publishing);
         fault::point("directory.destroy.trashed");
         self.delete_trashed(trashed);
+        // What was on its way into the volume has nowhere to go.
+        if !self.receiving().contains(&volume)
+            && let Err(error) = self.clear_partials(volume)
+        {
+            tracing::warn!(%volume, %error, "a partial receive of a destroyed volume stays");
+        }
         Ok(())
     }
 

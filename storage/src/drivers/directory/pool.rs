@@ -108,10 +108,11 @@ impl Pool {
             deleting: Mutex::default(),
             _lock: lock,
         });
-        pool.finish_splits()?;
-        pool.tidy_baselines()?;
+        // Space first: on a full disk the rest may need it.
         pool.clear_staging();
         pool.empty_trash();
+        pool.finish_splits()?;
+        pool.tidy_baselines()?;
         Ok(pool)
     }
 
@@ -253,7 +254,8 @@ impl Drop for Stage {
         }
         match self.pool.trash("clear staging", &self.path) {
             Ok(trashed) => self.pool.delete_later(trashed),
-            Err(error) => tracing::warn!(%error, "a place in staging stays until the next open"),
+            // A disk can be too full for a rename.
+            Err(_) => self.pool.delete_staged(&self.path),
         }
     }
 }

@@ -64,6 +64,9 @@ fn read_partial(path: &Path) -> std::result::Result<Partial, RecordError> {
 
 impl Pool {
     pub(super) fn partial(&self, volume: VolumeId) -> Result<Option<Partial>> {
+        if self.receiving().contains(&volume) {
+            return Ok(None);
+        }
         let failed = |error: io::Error| Error::io("look for a partial receive of", volume, error);
         let prefix = format!("receive-{volume}-");
         for entry in fs::read_dir(self.staging_dir()).map_err(failed)? {
@@ -83,7 +86,7 @@ impl Pool {
         self.clear_partials(volume)
     }
 
-    fn clear_partials(&self, volume: VolumeId) -> Result<()> {
+    pub(super) fn clear_partials(&self, volume: VolumeId) -> Result<()> {
         let failed = |error: io::Error| Error::io("discard a partial receive of", volume, error);
         let prefix = format!("receive-{volume}-");
         for entry in fs::read_dir(self.staging_dir()).map_err(failed)? {

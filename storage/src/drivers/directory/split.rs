@@ -62,8 +62,10 @@ impl Pool {
             match records::read::<Split>("split", &self.volume_dir(record.id).join(JOURNAL)) {
                 Ok(split) if split.volume == record.id => self.carry_out(&split).map_err(failed)?,
                 Err(RecordError::Missing) => {}
-                Ok(_) => tracing::warn!(volume = %record.id, "a split journal of another volume lies here; left alone"),
-                Err(error) => return Err(error.into_error("finish the split of", record.id)),
+                Err(RecordError::Io(error)) => return Err(failed(error)),
+                // Written by one atomic step, so this is no split that was interrupted.
+                Ok(_) => tracing::error!(volume = %record.id, "a split journal of another volume is left alone"),
+                Err(error) => tracing::error!(volume = %record.id, %error, "a split journal is left alone"),
             }
         }
         Ok(())

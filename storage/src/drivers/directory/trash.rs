@@ -73,7 +73,14 @@ impl Pool {
     pub(super) fn clear_away(&self, path: &Path) {
         match self.trash("clear away", path) {
             Ok(trashed) => self.delete_trashed(trashed),
-            Err(error) => tracing::debug!(path = %path.display(), %error, "nothing to clear away"),
+            Err(_) => self.delete_staged(path),
+        }
+    }
+
+    /// Deletes a place in staging where it lies.
+    pub(super) fn delete_staged(&self, path: &Path) {
+        if let Err(error) = delete_any(&self.staging_dir(), path) {
+            tracing::warn!(path = %path.display(), %error, "a place in staging cannot be deleted yet");
         }
     }
 
