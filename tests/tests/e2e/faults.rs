@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use flocker_tests::{
-    Cluster, LONG, Node,
+    Cluster, LONG, Node, SHORT,
     data::{scribble, write_ordinary_tree, write_random},
     invariants::{array, assert_sound, histories, leftovers, wait_tidy},
     tree::assert_equal,
@@ -101,10 +101,14 @@ fn survives(point: &str) -> bool {
     step(0, &["clone", "db@four", "late"]);
     step(0, &["unmount", "db"]);
     step(0, &["rollback", "db@three", "--fork-newer", "newer"]);
-    step(0, &["rollback", "db@two", "--discard-newer"]);
-    step(0, &["set", "db", "k=w"]);
+    step(0, &["mount", "db"]);
+    scribble(&mount.join("data.bin"), 95, 20);
+    step(0, &["unmount", "db"]);
+    step(0, &["rollback", "db@three", "--discard-newer"]);
     step(0, &["destroy", "late"]);
     step(0, &["destroy", "newer"]);
+    step(0, &["rollback", "db@two", "--discard-newer"]);
+    step(0, &["set", "db", "k=w"]);
     step(1, &["destroy", "copy"]);
     step(0, &["destroy", "copy"]);
     step(1, &["destroy", "db@one"]);
@@ -138,6 +142,10 @@ fn perform(a: &mut Node, b: &mut Node, who: usize, call: &[&str]) -> u32 {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         let output = running.finish(LONG);
+        if output.code == 5 && died == 0 {
+            // The line is lost a moment before the process is gone.
+            wait_until("the daemon is gone", SHORT, || (a.is_dead() || b.is_dead()).then_some(()));
+        }
         died += heal(a, b);
         deaths += died;
         let done_before = attempt > 0 && (output.code == 4 || output.code == 3);
