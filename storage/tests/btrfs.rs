@@ -351,7 +351,7 @@ async fn a_pool_in_a_file_is_made_mounted_again_and_never_made_over_data() {
     assert!(matches!(open(",size=256M").await.err().unwrap().kind, ErrorKind::PoolBusy { .. }));
     drop(driver);
     assert_eq!(fs::read_dir(folder.path().join("pool.btrfs.mounted")).unwrap().count(), 0, "unmounted");
-    let driver = open(",size=256M").await.unwrap();
+    let driver = open(",size=256M,wipe").await.unwrap();
     assert_eq!(driver.scan().await.unwrap().volumes, [(volume, Vec::new())]);
     drop(driver);
     assert_eq!(open("").await.unwrap().scan().await.unwrap().volumes.len(), 1);

@@ -67,7 +67,7 @@ pub(super) fn parse_preamble(bytes: &[u8]) -> Option<Totals> {
 /// Where a delta comes from.
 pub(super) enum Source {
     /// Two trees.
-    Trees(DeltaWriter),
+    Trees(Box<DeltaWriter>),
     /// The kernel.
     Kernel(Sending),
 }
@@ -85,7 +85,8 @@ impl Pool {
         if request.format == DeltaFormat::tree() {
             let base = request.base.map(|base| self.side(base)).transpose()?;
             let target = self.side(request.target)?;
-            return DeltaWriter::new(base, target, request.compare, request.resume.as_ref()).map(Source::Trees);
+            return DeltaWriter::new(base, target, request.compare, request.resume.as_ref())
+                .map(|writer| Source::Trees(Box::new(writer)));
         }
         let object = request.target.snapshot;
         let Some(version) = stream_version(self, &request.format) else {

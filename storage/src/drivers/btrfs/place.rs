@@ -1,7 +1,7 @@
 //! Places: a directory on a mounted btrfs, a file or a block device that holds one; and how it comes to be mounted.
 //!
 //! `PLACE[,size=20G][,wipe]`: a file that does not exist is made with this size; a file or device that holds something
-//! else than btrfs is formatted only with `wipe`. What this module mounted it unmounts again, unless somebody uses it.
+//! else than btrfs is formatted only with `wipe`, and a pool never. What this module mounted it unmounts again, unless somebody uses it.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -12,6 +12,7 @@ use std::{
 
 use rustix::fs::{self as sys, FlockOperation};
 
+use super::pool::POOL_RECORD;
 use crate::{
     command,
     drivers::PoolSpec,
@@ -101,19 +102,26 @@ impl Place {
         if is_mounted(&root) {
             return Ok(Self { root, mounted: true, _lock: Some(file) });
         }
+        fs::DirBuilder::new().mode(0o700).recursive(true).create(&root).map_err(failed)?;
         match look(&mut file).map_err(failed)? {
-            Content::Btrfs if !wanted.wipe => {}
+            Content::Btrfs => {
+                mount_at(spec, &file, wanted, &root)?;
+                // The option may stand in a configuration for good: what is a pool is never formatted.
+                if wanted.wipe && !root.join(POOL_RECORD).exists() {
+                    unmount(&root).map_err(|error| unusable(error.to_string()))?;
+                    format(spec, &mut file, wanted)?;
+                    mount_at(spec, &file, wanted, &root)?;
+                }
+            }
             Content::Data if !wanted.wipe => {
                 let why = "it holds data that is no btrfs; add ,wipe to overwrite all of it";
                 return Err(unusable(why.to_owned()));
             }
-            _ => format(spec, &mut file, wanted)?,
+            Content::Data | Content::Nothing => {
+                format(spec, &mut file, wanted)?;
+                mount_at(spec, &file, wanted, &root)?;
+            }
         }
-        fs::DirBuilder::new().mode(0o700).recursive(true).create(&root).map_err(failed)?;
-        let options = if file.metadata().map_err(failed)?.is_file() { "loop,noatime" } else { "noatime" };
-        let words = ["-t", "btrfs", "-o", options, "--"].map(AsRef::as_ref);
-        let arguments: Vec<_> = words.into_iter().chain([wanted.path.as_os_str(), root.as_os_str()]).collect();
-        command::run("mount", &arguments).map_err(|error| unusable(error.to_string()))?;
         // Not for others, whatever the trees in it allow.
         let place = Self { root, mounted: true, _lock: Some(file) };
         fs::set_permissions(&place.root, std::os::unix::fs::PermissionsExt::from_mode(0o700)).map_err(failed)?;
@@ -130,11 +138,25 @@ impl Drop for Place {
         if !self.mounted {
             return;
         }
-        if let Err(error) = command::run("umount", &["--".as_ref(), self.root.as_os_str()]) {
+        if let Err(error) = unmount(&self.root) {
             // A container may still use it. The next open finds it mounted.
             tracing::info!(%error, "the pool stays mounted");
         }
     }
+}
+
+fn mount_at(spec: &PoolSpec, file: &File, wanted: &Wanted, root: &Path) -> Result<()> {
+    let is_file = file.metadata().map_err(|error| Error::io(OPERATION, spec, error))?.is_file();
+    let options = if is_file { "loop,noatime" } else { "noatime" };
+    let words = ["-t", "btrfs", "-o", options, "--"].map(AsRef::as_ref);
+    let arguments: Vec<_> = words.into_iter().chain([wanted.path.as_os_str(), root.as_os_str()]).collect();
+    let mounted = command::run("mount", &arguments);
+    mounted.map_err(|error| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(error.to_string())))?;
+    Ok(())
+}
+
+fn unmount(root: &Path) -> std::result::Result<(), command::CommandError> {
+    command::run("umount", &["--".as_ref(), root.as_os_str()]).map(drop)
 }
 
 enum Content {

@@ -45,7 +45,7 @@ use crate::{
 
 /// The layout this version writes.
 const POOL_FORMAT: u32 = 1;
-const POOL_RECORD: &str = "flocker-pool.json";
+pub(super) const POOL_RECORD: &str = "flocker-pool.json";
 const LOCK: &str = "lock";
 const FOLDERS: [&str; 3] = ["volumes", "staging", "trash"];
 /// What a fresh file system may hold and still count as empty.

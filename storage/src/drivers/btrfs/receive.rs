@@ -70,8 +70,8 @@ impl Pool {
         let incoming = stage.path().join("incoming");
         make_dir(&incoming).map_err(|error| Error::io(OPERATION, object, error))?;
         let taker = match version {
-            Some(version) => Taker::Kernel(self.take_stream(&request, &stage, version)?),
-            None => Taker::Tree(self.take_tree(&request, &incoming)?),
+            Some(version) => Taker::Kernel(Box::new(self.take_stream(&request, &stage, version)?)),
+            None => Taker::Tree(Box::new(self.take_tree(&request, &incoming)?)),
         };
         fault::point("btrfs.receive.opened");
         Ok(BtrfsReceiving { work: Some(Work { taker, stage, request, pool: Arc::clone(self), _slot: slot }) })
@@ -143,8 +143,8 @@ impl Drop for Slot {
 
 /// Who takes the bytes.
 enum Taker {
-    Tree(Applier),
-    Kernel(Stream),
+    Tree(Box<Applier>),
+    Kernel(Box<Stream>),
 }
 
 /// A stream on its way to `btrfs receive`.
