@@ -64,7 +64,7 @@ pub(crate) struct Replication(pub(crate) Arc<Node>);
 
 #[async_trait]
 impl Handler for Replication {
-    async fn handle(&self, connection: Connection, cancel: CancellationToken) {
+    async fn handle(&self, connection: Connection, _cancel: CancellationToken) {
         let node = &self.0;
         let Some(peer) = connection.peer() else {
             return connection.close(CloseCode::AnonymousNotAllowed, "");
@@ -75,7 +75,8 @@ impl Handler for Replication {
         let Ok(name) = peer.name.parse::<NodeName>() else {
             return connection.close(CloseCode::Refused, "not a node name");
         };
-        let _watch = node.close_on_cancel(&connection, &cancel);
+        // The node's own stop is what ends an exchange; the peer must see it as such, and go on later.
+        let _watch = node.close_on_cancel(&connection, &CancellationToken::new());
         let exchange = match connection.accept_exchange().await {
             Ok(exchange) => exchange,
             Err(error) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
