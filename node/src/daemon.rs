@@ -29,11 +29,12 @@ use crate::{
     api::types::{ApiProblem, NodeResource, PoolResource},
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths},
+    inbox::Inbox,
     mounts::{Mounts, symlink_note},
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
     push::Streams,
-    receive::{Inbox, Replication},
+    receive::Replication,
     state::State,
     transfers::Transfers,
 };
