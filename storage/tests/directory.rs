@@ -229,6 +229,51 @@ fn restore_time(tree: &Path) -> io::Result<()> {
     fs::File::open(tree)?.set_modified(fs::metadata(tree.join("sub"))?.modified()?)
 }
 
+/// Changes bytes of a file so that no stat shows it but the ctime, as a failing disk or a patient hand does.
+fn rot(file: &Path) {
+    let modified = fs::metadata(file).unwrap().modified().unwrap();
+    let opened = fs::File::options().write(true).open(file).unwrap();
+    opened.write_all_at(b"x", 3).unwrap();
+    opened.set_modified(modified).unwrap();
+}
+
+#[tokio::test]
+async fn contents_that_rot_with_all_metadata_intact_are_found_by_reading_at_both_ends() {
+    let (place, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (sender, volume, head) = volume_in(place.path()).await;
+    fs::write(head.join("page"), vec![7; 300_000]).unwrap();
+    let taken = take(&*sender, volume.id).await;
+    let (receiver, _, _) = volume_in(other.path()).await;
+    let replica = VolumeRecord { role: Role::Replica, ..volume.clone() };
+    let request = ReceiveRequest {
+        volume: replica,
+        snapshot: taken.snapshot.clone(),
+        base: None,
+        format: DeltaFormat::tree(),
+        resume: None,
+    };
+    let mut receiving = receiver.receive(request).await.unwrap();
+    let request = DeltaRequest {
+        base: None,
+        target: taken.key(),
+        format: DeltaFormat::tree(),
+        compare: Compare::Metadata,
+        resume: None,
+    };
+    let mut delta = sender.read_delta(request).await.unwrap();
+    while let Some(chunk) = delta.next().await.unwrap() {
+        receiving.write(chunk).await.unwrap();
+    }
+    let received = receiving.commit().await.unwrap();
+    for (driver, pool, held) in [(&sender, place.path(), &taken), (&receiver, other.path(), &received)] {
+        assert_eq!(driver.verify(held.key(), Compare::Contents).await.unwrap(), []);
+        rot(&tree(pool, held).join("page"));
+        assert_eq!(driver.verify(held.key(), Compare::Metadata).await.unwrap(), []);
+        let found = driver.verify(held.key(), Compare::Contents).await.unwrap();
+        assert_eq!((found.len(), found[0].path.as_str()), (1, "page"), "{found:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_damaged_record_makes_an_orphan_and_the_rest_goes_on() {
     let place = tempfile::tempdir().unwrap();
