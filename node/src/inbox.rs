@@ -146,7 +146,7 @@ pub(crate) struct Claim {
 
 impl Claim {
     /// Claims a volume. An attempt of the same transfer whose line is gone is ended first; any other makes this one
-    /// wait for later ([`ProblemCode::Busy`]).
+    /// wait for later (`ProblemCode::Busy`).
     pub(crate) async fn make(
         node: &Arc<Node>,
         line: &mut Line<'_>,
