@@ -288,7 +288,7 @@ async fn receive_step(
     if let Err(error) = received {
         return Err(receive_failed(node, line, receipt, volume, begin, open, error).await);
     }
-    let held = publish(node, receipt, volume, open.receiving).await?;
+    let held = publish(node, receipt, volume, begin.base, open.receiving).await?;
     if let Some(job) = &receipt.job {
         job.step_done();
     }
@@ -308,6 +308,7 @@ async fn publish(
     node: &Node,
     receipt: &Receipt,
     volume: VolumeId,
+    base: Option<SnapshotKey>,
     receiving: Box<dyn Receiving>,
 ) -> Result<HeldSnapshot, Failure> {
     let _guard = node.catalog.work_on(volume).await;
@@ -325,8 +326,8 @@ async fn publish(
     match known {
         Some(_) => node.catalog.add_snapshot(held.clone()),
         None => {
-            // The record is read back from the driver, which has just made the volume.
-            node.catalog.reload(&*node.driver).await.map_err(ApiProblem::from)?;
+            let record = new_record(node, receipt, volume, base);
+            node.catalog.put(Volume { record, snapshots: vec![held.clone()] });
         }
     }
     Ok(held)
