@@ -68,7 +68,7 @@ impl Catalog {
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads everything anew from the driver. Where two volumes have one name, the one made later is shown as
+    /// Reads everything from the driver, before anybody works on anything. Where two volumes have one name, the one made later is shown as
     /// `NAME.SHORTID`; its record is left as it is.
     pub(crate) async fn reload(&self, driver: &dyn Driver) -> StorageResult<()> {
         let scan = driver.scan().await?;
@@ -153,6 +153,24 @@ impl Catalog {
             volume.snapshots.retain(|known| known.snapshot.id != held.snapshot.id);
             volume.snapshots.push(held);
         }
+    }
+
+    /// Notes that the snapshots behind `keep` went into the volume `fork` (or, without one, were destroyed), and that
+    /// clones of them follow.
+    pub(crate) fn split(&self, keep: SnapshotKey, fork: Option<VolumeRecord>) {
+        let mut contents = self.lock();
+        let Some(volume) = contents.volumes.get_mut(&keep.volume) else { return };
+        let kept = volume.snapshots.iter().position(|held| held.key() == keep).map_or(0, |at| at + 1);
+        let mut moved = volume.snapshots.split_off(kept);
+        let Some(record) = fork else { return };
+        for held in &mut moved {
+            let from = held.key();
+            held.volume = record.id;
+            let clones = contents.volumes.values_mut().filter(|other| other.record.origin == Some(from));
+            clones.for_each(|clone| clone.record.origin = Some(held.key()));
+        }
+        contents.names.insert(record.name.clone(), record.id);
+        contents.volumes.insert(record.id, Volume { record, snapshots: moved });
     }
 
     /// Takes a snapshot out.

@@ -29,11 +29,12 @@ use crate::{
     api::types::{ApiProblem, NodeResource, PoolResource},
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths},
+    inbox::Inbox,
     mounts::{Mounts, symlink_note},
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
     push::Streams,
-    receive::{Inbox, Replication},
+    receive::Replication,
     state::State,
     transfers::Transfers,
 };
@@ -161,8 +162,11 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     tracing::info!("stopping");
     stop_api.cancel();
     let _ = tokio::time::timeout(GRACE, api.join_next()).await;
-    node.shut_down(accepting).await;
+    accepting.cancel();
+    node.cancel.cancel();
+    // Who was receiving parks what has arrived; only then is it suspended.
     let _ = tokio::time::timeout(GRACE, services.join_next()).await;
+    node.shut_down().await;
     let _ = fs::remove_file(&node.paths.socket);
     Ok(())
 }
@@ -311,9 +315,7 @@ impl Node {
         }
     }
 
-    async fn shut_down(&self, accepting: CancellationToken) {
-        accepting.cancel();
-        self.cancel.cancel();
+    async fn shut_down(&self) {
         self.tasks.close();
         if tokio::time::timeout(GRACE, self.tasks.wait()).await.is_err() {
             tracing::warn!(left = self.tasks.len(), "work did not come to an end in time");

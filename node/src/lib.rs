@@ -7,6 +7,8 @@ pub mod api;
 mod catalog;
 pub mod config;
 pub mod daemon;
+mod inbox;
+mod line;
 mod mounts;
 mod peers;
 mod problem;

@@ -2,7 +2,7 @@
 //!
 //! Owns the mount table and the two system calls behind it. Refuses to know how a driver makes a path
 //! ([`flocker_storage::driver::Driver::attach`]). A restart of the daemon leaves mounts alone; a reboot loses them and
-//! [`Mounts::restore`] puts them back.
+//! `Node::restore_mounts` puts them back.
 
 use std::{
     collections::BTreeMap,

@@ -306,8 +306,8 @@ pub(crate) fn link_problem(name: &NodeName, error: &flocker_transport::Error) ->
             format!("refused to talk to {name}: {why}"),
         )
         .hint(format!(
-            "if {name} was made anew, remove what is known of the old one; if not, somebody else answers at its address"
-        )),
+                    "a name stays bound to the node that had it first: if {name} was made anew, let it join under another name; if not, somebody else answers at its address"
+                )),
         LinkErrorKind::RejectedByPeer(_) => {
             problem(502, "rejected_by_peer", format!("{name} refused to talk to this node: {why}"))
                 .hint("compare `flocker node status` on both nodes: they must be of one cluster")

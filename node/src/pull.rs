@@ -11,8 +11,8 @@ use flocker_transport::{CloseCode, NO_PROGRESS};
 
 use crate::{
     daemon::Node,
-    peers::{PUSH_ALPN, link_problem},
-    push::Line,
+    line::Line,
+    peers::PUSH_ALPN,
     receive::{self, Receipt},
     transfers::{Failure, Job},
 };
@@ -22,11 +22,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome,
     let row = node.find_peer(&job.request.peer).await?;
     let connection = node.connect(&row, PUSH_ALPN).await?;
     let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let exchange = connection
-        .open_exchange()
-        .await
-        .map_err(|error| Failure { transient: error.kind.is_transient(), problem: link_problem(&row.name, &error) })?;
-    let mut line = Line { peer: row.name, connection: &connection, exchange };
+    let mut line = Line::open(row.name, &connection).await?;
     let request = PullRequest {
         protocol: PROTOCOL,
         transfer: job.id,

@@ -18,24 +18,23 @@ use bytes::Bytes;
 use flocker_replication::{
     divergence::{self, Receiver},
     message::{
-        Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, Problem, StepStart,
-        StepStream, strip,
+        Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart, StepStream,
+        strip,
     },
     plan::{self, Direction, Outcome, Plan, Step},
 };
 use flocker_storage::{
     delta::{Compare, DeltaReader, DeltaRequest, ResumePoint},
-    model::{HeldSnapshot, Lineage, NodeName, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
+    model::{HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
-use flocker_transport::{
-    BoxError, BulkError, ChunkSource, CloseCode, Connection, Exchange, NO_PROGRESS, Outgoing, OutgoingLimits,
-};
+use flocker_transport::{BoxError, BulkError, ChunkSource, CloseCode, NO_PROGRESS, Outgoing, OutgoingLimits};
 use uuid::Uuid;
 
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
-    peers::{PUSH_ALPN, link_problem},
+    line::Line,
+    peers::PUSH_ALPN,
     problem::{self, problem},
     transfers::{Failure, Job},
 };
@@ -65,56 +64,6 @@ pub(crate) struct Sending {
     pub(crate) compare: Compare,
 }
 
-/// A conversation with a peer: its name for errors, the connection and the control stream.
-pub(crate) struct Line<'a> {
-    /// The peer's name.
-    pub(crate) peer: NodeName,
-    /// The connection.
-    pub(crate) connection: &'a Connection,
-    /// The control stream.
-    pub(crate) exchange: Exchange,
-}
-
-impl Line<'_> {
-    /// Turns a failure of the line into words.
-    pub(crate) fn failed(&self, error: flocker_transport::Error) -> Failure {
-        Failure { transient: error.kind.is_transient(), problem: link_problem(&self.peer, &error) }
-    }
-
-    /// Sends a message.
-    pub(crate) async fn send(&mut self, message: &Message) -> Result<(), Failure> {
-        self.exchange.send_within(message, NO_PROGRESS).await.map_err(|error| self.failed(error))
-    }
-
-    /// Receives a message that is in order. A problem the peer reports becomes a failure.
-    pub(crate) async fn recv(&mut self, wait: Duration) -> Result<Message, Failure> {
-        let message: Message = self.exchange.recv_within(wait).await.map_err(|error| self.failed(error))?;
-        if let Err(violation) = message.validate() {
-            self.connection.close(CloseCode::Protocol, "");
-            return Err(self.broke(violation).into());
-        }
-        match message {
-            Message::Problem(said) => {
-                Err(Failure { transient: said.is_transient(), problem: problem::from_peer(&self.peer, &said) })
-            }
-            message => Ok(message),
-        }
-    }
-
-    /// The peer does not keep to the protocol.
-    pub(crate) fn broke(&self, rule: impl std::fmt::Display) -> crate::api::types::ApiProblem {
-        problem(502, "protocol", format!("{} does not keep to the protocol: {rule}", self.peer))
-            .hint("both nodes should run the same version of flocker")
-    }
-
-    /// Tells the peer what went wrong here, as far as the line still carries it.
-    pub(crate) async fn report(&mut self, problem: &Problem) {
-        let _ = self.exchange.send_within(&Message::Problem(problem.clone()), NO_PROGRESS).await;
-        self.exchange.finish();
-        let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
-    }
-}
-
 /// One attempt of a push started here.
 pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome, Failure> {
     let Some(snapshot) = &job.request.snapshot else {
@@ -125,11 +74,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome,
     let row = node.find_peer(&job.request.peer).await?;
     let connection = node.connect(&row, PUSH_ALPN).await?;
     let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let exchange = connection
-        .open_exchange()
-        .await
-        .map_err(|error| Failure { transient: error.kind.is_transient(), problem: link_problem(&row.name, &error) })?;
-    let mut line = Line { peer: row.name, connection: &connection, exchange };
+    let mut line = Line::open(row.name, &connection).await?;
     let sending = Sending {
         transfer: job.id,
         direction: Direction::Push,

@@ -1,15 +1,10 @@
 //! The receiver's whole story of a push or a pull: answer an offer, take in one delta after the other, publish each.
 //!
-//! Owns the order of things on the receiver, which volumes are being received into ([`Inbox`]), and what becomes of a
-//! receive whose line is cut: it waits for its sender, open, and is suspended into a resume point after a while or when
-//! the node stops. Refuses to know what fits a history ([`flocker_replication::inbound`]) and how a delta is applied
-//! (the driver). Neighbour: [`crate::push`] is the other side.
+//! Owns the order of things on the receiver. Refuses to know what fits a history ([`flocker_replication::inbound`]), how
+//! a delta is applied (the driver), and what becomes of a receive whose line is cut ([`crate::inbox`]). Neighbour:
+//! [`crate::push`] is the other side.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -35,21 +30,19 @@ use flocker_transport::{
     BoxError, BulkError, ChunkSink, CloseCode, Connection, ErrorKind as LinkErrorKind, Handler, Incoming, NO_PROGRESS,
 };
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::{
     api::types::ApiProblem,
     catalog::Volume,
     config::Verb,
     daemon::Node,
+    inbox::{Claim, Open, Parked},
+    line::Line,
     peers::linger,
     problem::{self, problem},
-    push::{self, COMMIT_TIMEOUT, Line, PARK_TIME, Sending},
+    push::{self, COMMIT_TIMEOUT, Sending},
     transfers::{Failure, Job},
 };
-
-/// How long a new attempt waits for the old one of the same transfer to notice that its line is gone.
-const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What is known of an incoming history before the first step.
 pub(crate) struct Receipt {
@@ -64,7 +57,7 @@ pub(crate) struct Replication(pub(crate) Arc<Node>);
 
 #[async_trait]
 impl Handler for Replication {
-    async fn handle(&self, connection: Connection, cancel: CancellationToken) {
+    async fn handle(&self, connection: Connection, _cancel: CancellationToken) {
         let node = &self.0;
         let Some(peer) = connection.peer() else {
             return connection.close(CloseCode::AnonymousNotAllowed, "");
@@ -75,7 +68,8 @@ impl Handler for Replication {
         let Ok(name) = peer.name.parse::<NodeName>() else {
             return connection.close(CloseCode::Refused, "not a node name");
         };
-        let _watch = node.close_on_cancel(&connection, &cancel);
+        // The node's own stop is what ends an exchange; the peer must see it as such, and go on later.
+        let _watch = node.close_on_cancel(&connection, &CancellationToken::new());
         let exchange = match connection.accept_exchange().await {
             Ok(exchange) => exchange,
             Err(error) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
@@ -294,7 +288,7 @@ async fn receive_step(
     if let Err(error) = received {
         return Err(receive_failed(node, line, receipt, volume, begin, open, error).await);
     }
-    let held = publish(node, receipt, volume, open.receiving).await?;
+    let held = publish(node, receipt, volume, begin.base, open.receiving).await?;
     if let Some(job) = &receipt.job {
         job.step_done();
     }
@@ -314,6 +308,7 @@ async fn publish(
     node: &Node,
     receipt: &Receipt,
     volume: VolumeId,
+    base: Option<SnapshotKey>,
     receiving: Box<dyn Receiving>,
 ) -> Result<HeldSnapshot, Failure> {
     let _guard = node.catalog.work_on(volume).await;
@@ -331,18 +326,11 @@ async fn publish(
     match known {
         Some(_) => node.catalog.add_snapshot(held.clone()),
         None => {
-            // The record is read back from the driver, which has just made the volume.
-            node.catalog.reload(&*node.driver).await.map_err(ApiProblem::from)?;
+            let record = new_record(node, receipt, volume, base);
+            node.catalog.put(Volume { record, snapshots: vec![held.clone()] });
         }
     }
     Ok(held)
-}
-
-/// An open receive and where its bytes go on.
-struct Open {
-    start: StepStart,
-    incoming: Incoming,
-    receiving: Box<dyn Receiving>,
 }
 
 /// Goes on with a receive whose line was cut, if it is of this very stream; one of another is suspended.
@@ -461,157 +449,6 @@ struct Sink(Box<dyn Receiving>);
 impl ChunkSink for Sink {
     async fn write(&mut self, chunk: Bytes) -> Result<(), BoxError> {
         self.0.write(chunk).await.map_err(Into::into)
-    }
-}
-
-/// Which volumes are being received into, and receives that wait for their sender.
-#[derive(Default)]
-pub(crate) struct Inbox {
-    contents: Mutex<Contents>,
-}
-
-#[derive(Default)]
-struct Contents {
-    active: HashMap<VolumeId, Active>,
-    parked: HashMap<VolumeId, Parked>,
-}
-
-struct Active {
-    transfer: Uuid,
-    connection: Connection,
-    over: CancellationToken,
-}
-
-struct Parked {
-    stream: Uuid,
-    snapshot: SnapshotId,
-    incoming: Incoming,
-    receiving: Box<dyn Receiving>,
-    since: Instant,
-}
-
-impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, Contents> {
-        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Refuses when a volume is being received into.
-    pub(crate) fn check_quiet(&self, volume: &Volume, what: &str) -> Result<(), ApiProblem> {
-        let contents = self.lock();
-        let Some(active) = contents.active.get(&volume.record.id) else { return Ok(()) };
-        let detail = format!("cannot {what} {}: a snapshot of it is arriving", volume.record.name);
-        Err(problem(409, "busy", detail).hint("wait until it is there").with("transfer", active.transfer))
-    }
-
-    fn is_parked(&self, volume: VolumeId) -> bool {
-        self.lock().parked.contains_key(&volume)
-    }
-
-    fn take_parked(&self, volume: VolumeId) -> Option<Parked> {
-        self.lock().parked.remove(&volume)
-    }
-
-    fn park(&self, volume: VolumeId, transfer: Uuid, begin: &BeginStep, open: Open) {
-        tracing::info!(%volume, %transfer, "the line is cut; waiting for the sender");
-        let parked = Parked {
-            stream: begin.stream.id,
-            snapshot: begin.snapshot.id,
-            incoming: open.incoming,
-            receiving: open.receiving,
-            since: Instant::now(),
-        };
-        self.lock().parked.insert(volume, parked);
-    }
-
-    /// Throws away a receive that waits, because its volume goes.
-    pub(crate) fn discard(&self, volume: VolumeId) {
-        drop(self.take_parked(volume));
-    }
-
-    /// Suspends receives whose sender did not come back in time.
-    pub(crate) async fn suspend_stale(&self) {
-        let stale: Vec<Parked> = {
-            let mut contents = self.lock();
-            let active: BTreeSet<VolumeId> = contents.active.keys().copied().collect();
-            let late =
-                |volume: &VolumeId, parked: &mut Parked| parked.since.elapsed() > PARK_TIME && !active.contains(volume);
-            contents.parked.extract_if(late).map(|(_, parked)| parked).collect()
-        };
-        suspend(stale).await;
-    }
-
-    /// Suspends all receives, when the node stops.
-    pub(crate) async fn suspend_all(&self, grace: Duration) {
-        let all: Vec<Parked> = self.lock().parked.drain().map(|(_, parked)| parked).collect();
-        if tokio::time::timeout(grace, suspend(all)).await.is_err() {
-            tracing::warn!("receives could not be suspended in time; they go on from an earlier point");
-        }
-    }
-}
-
-async fn suspend(receives: Vec<Parked>) {
-    for parked in receives {
-        if let Err(error) = parked.receiving.suspend().await {
-            tracing::error!("cannot keep a half-received snapshot: {}", problem::chain(&error));
-        }
-    }
-}
-
-/// The right to receive into one volume: nobody else may at the same time.
-struct Claim {
-    node: Arc<Node>,
-    volume: VolumeId,
-    over: CancellationToken,
-}
-
-impl Claim {
-    /// Claims a volume. An attempt of the same transfer whose line is gone is ended first; any other makes this one
-    /// wait for later ([`ProblemCode::Busy`]).
-    async fn make(node: &Arc<Node>, line: &mut Line<'_>, receipt: &Receipt, volume: VolumeId) -> Result<Self, Failure> {
-        let transfer = receipt.offer.transfer;
-        if let Some(claim) = Self::try_make(node, line, transfer, volume).await? {
-            return Ok(claim);
-        }
-        let old = {
-            let contents = node.inbox.lock();
-            let active = contents.active.get(&volume).filter(|active| active.transfer == transfer);
-            active.map(|active| (active.connection.clone(), active.over.clone()))
-        };
-        if let Some((connection, over)) = old {
-            connection.close(CloseCode::Done, "superseded");
-            let _ = tokio::time::timeout(TAKE_OVER_TIMEOUT, over.cancelled()).await;
-            if let Some(claim) = Self::try_make(node, line, transfer, volume).await? {
-                return Ok(claim);
-            }
-        }
-        let name = &receipt.offer.name;
-        let failure = problem(409, "busy", format!("another snapshot of {name} is arriving")).with("volume", name);
-        Err(Failure { transient: true, problem: failure })
-    }
-
-    async fn try_make(
-        node: &Arc<Node>,
-        line: &Line<'_>,
-        transfer: Uuid,
-        volume: VolumeId,
-    ) -> Result<Option<Self>, Failure> {
-        // Verbs that change the volume hold this lock while they look for claims.
-        let _guard = node.catalog.work_on(volume).await;
-        let over = CancellationToken::new();
-        let mut contents = node.inbox.lock();
-        if contents.active.contains_key(&volume) {
-            return Ok(None);
-        }
-        let connection = line.connection.clone();
-        contents.active.insert(volume, Active { transfer, connection, over: over.clone() });
-        Ok(Some(Self { node: node.clone(), volume, over }))
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.node.inbox.lock().active.remove(&self.volume);
-        self.over.cancel();
     }
 }
 

@@ -351,3 +351,75 @@ impl State {
         .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn open() -> (tempfile::TempDir, State) {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(&folder.path().join("state.db")).unwrap();
+        (folder, state)
+    }
+
+    #[tokio::test]
+    async fn what_was_written_survives_a_power_cut() {
+        let (_folder, state) = open();
+        let (journal, synchronous) = state
+            .call("read pragmas", |db| {
+                let journal: String = db.query_row("PRAGMA journal_mode", [], |row| row.get(0))?;
+                let synchronous: i64 = db.query_row("PRAGMA synchronous", [], |row| row.get(0))?;
+                Ok((journal, synchronous))
+            })
+            .await
+            .unwrap();
+        // 2 is FULL (sqlite.org/pragma.html#pragma_synchronous).
+        assert_eq!((journal.as_str(), synchronous), ("wal", 2));
+    }
+
+    #[tokio::test]
+    async fn a_token_is_used_once() {
+        let (_folder, state) = open();
+        state.put_token("t".to_owned(), Timestamp::MAX).await.unwrap();
+        assert!(state.use_token("t".to_owned(), "node-1".to_owned()).await.unwrap());
+        assert!(!state.use_token("t".to_owned(), "node-2".to_owned()).await.unwrap());
+        let row = state.token("t".to_owned()).await.unwrap().unwrap();
+        assert_eq!(row, TokenRow { expires: Timestamp::MAX, used_by: Some("node-1".to_owned()) });
+        assert_eq!(state.token("other".to_owned()).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn everything_is_there_after_a_reopen() {
+        let (folder, state) = open();
+        let peer = PeerRow {
+            node_id: "ab".repeat(32),
+            name: "host-b".parse().unwrap(),
+            addresses: vec!["127.0.0.1:1".to_owned()],
+            last_seen: Some(Timestamp::UNIX_EPOCH),
+        };
+        let volume = VolumeId::mint();
+        let mount = MountRow { volume, path: "/mnt/db".to_owned(), read_only: true, kind: MountKind::Bind };
+        let operation = Operation::DiscardFork { fork: volume };
+        state.put_peer(&peer).await.unwrap();
+        state.put_mount(&mount).await.unwrap();
+        state.begin("o".to_owned(), &operation).await.unwrap();
+        drop(state);
+        let state = State::open(&folder.path().join("state.db")).unwrap();
+        assert_eq!(state.peers().await.unwrap(), [peer]);
+        assert_eq!(state.mounts().await.unwrap(), [mount]);
+        assert_eq!(state.operations().await.unwrap(), [("o".to_owned(), operation)]);
+        state.end("o".to_owned()).await.unwrap();
+        state.remove_mount(volume).await.unwrap();
+        assert!(state.operations().await.unwrap().is_empty() && state.mounts().await.unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_database_of_a_newer_version_is_refused_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.db");
+        Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+        let Err(error) = State::open(&path) else { panic!("it was opened") };
+        assert!(crate::problem::chain(&error).contains("its version is 99"), "{error}");
+    }
+}

@@ -20,7 +20,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flocker_replication::plan::{Outcome, Verdict};
+use flocker_replication::{
+    message::DivergencePolicy,
+    plan::{Outcome, Verdict},
+};
 use flocker_storage::model::VolumeName;
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -285,6 +288,11 @@ impl Node {
         volume: VolumeName,
         request: StartTransfer,
     ) -> Result<TransferResource> {
+        if request.on_divergence != DivergencePolicy::Refuse {
+            let detail = format!("this version cannot resolve a divergence by the policy {}", request.on_divergence);
+            return Err(problem(422, "unsupported", detail)
+                .hint("leave --on-divergence away: a divergence is then refused, and the refusal shows the ways on"));
+        }
         self.find_peer(&request.peer).await?;
         if direction == Direction::Push {
             let known = self.catalog.find(&volume)?;

@@ -237,7 +237,6 @@ impl Node {
             _ => self.driver.rewind(keep).await.map_err(|error| self.blocked(error, &format!("roll back {name}")))?,
         }
         drop(fork_name);
-        self.catalog.reload(&*self.driver).await?;
         Ok(self.volume_resource(&self.catalog.find(name)?))
     }
 
@@ -252,7 +251,9 @@ impl Node {
             epoch: 0,
             quota_bytes: volume.record.quota_bytes,
         };
-        Ok(self.driver.split(keep, &fork).await?)
+        self.driver.split(keep, &fork).await?;
+        self.catalog.split(keep, Some(fork));
+        Ok(())
     }
 
     /// Destroys newer snapshots and goes back, as one step in the eyes of a crash: they are split off into a volume of
@@ -282,6 +283,7 @@ impl Node {
             self.state.end(operation).await?;
             return Err(error.into());
         }
+        self.catalog.split(keep, None);
         fault::point("node.rollback.before-destroy");
         self.driver.destroy(fork.id).await?;
         fault::point("node.rollback.before-end");

@@ -1,6 +1,6 @@
 //! The API's resources, requests and problems as types: what travels as JSON between daemon, CLI and any other client.
 //!
-//! Owns their field names. Refuses to know how they are served ([`super::server`]) or fetched ([`super::client`]).
+//! Owns their field names. Refuses to know how they are served (`server`) or fetched (`client`).
 
 use std::collections::BTreeMap;
 

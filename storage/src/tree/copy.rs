@@ -50,6 +50,8 @@ pub struct Copied {
     pub how: How,
     /// `false` for a file that changed during each attempt to copy it.
     pub steady: bool,
+    /// BLAKE3 of what was written, for a file whose data passed through memory: one that was copied and has no holes.
+    pub digest: Option<[u8; 32]>,
 }
 
 /// Makes a tree in a directory from entries in walk order. What is there under the same names is replaced.
@@ -93,7 +95,7 @@ impl Copier {
                 }
             }
         };
-        Ok(Copied { entry: entry.clone(), how, steady: true })
+        Ok(Copied { entry: entry.clone(), how, steady: true, digest: None })
     }
 
     /// Makes an entry (no directory) a further name of the same path in the tree `from`; copies it where the file
@@ -147,7 +149,7 @@ impl Copier {
         let gone = |copier: &mut Self, what: &str| {
             copier.builder.clear(name)?;
             copier.builder.note(name, what);
-            Ok(Copied { entry: entry.clone(), how: How::LeftOut, steady: true })
+            Ok(Copied { entry: entry.clone(), how: How::LeftOut, steady: true, digest: None })
         };
         let mut taken = entry.clone();
         for attempt in 1..=ATTEMPTS {
@@ -165,16 +167,18 @@ impl Copier {
             self.refresh(&mut taken, &before, &from, source)?;
             let to = self.builder.create_file(name)?;
             let shared = before.stat.size > 0 && self.share(&from, &to, name)?;
-            if !shared {
-                let copied = data::copy_all(from.as_fd(), to.as_fd(), before.stat.size);
-                copied.map_err(|error| Error::io("copy", source.show(&entry.path), error))?;
-            }
+            let digest = if shared {
+                None
+            } else {
+                let copied = data::copy_and_hash(from.as_fd(), to.as_fd(), before.stat.size);
+                copied.map_err(|error| Error::io("copy", source.show(&entry.path), error))?
+            };
             let after = self.status(&from, source, &entry.path)?;
             let steady = after.stat.is_unchanged_since(&before.stat);
             if steady || attempt == ATTEMPTS {
                 self.builder.finish_file(&to, name, &Metadata::from(&taken), Origin::Fresh)?;
                 let how = if shared { How::Reflinked } else { How::Copied };
-                return Ok(Copied { entry: taken, how, steady });
+                return Ok(Copied { entry: taken, how, steady, digest });
             }
         }
         unreachable!("the last attempt returns")

@@ -98,6 +98,30 @@ pub(super) fn copy_all(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> R
     Ok(())
 }
 
+/// Copies as [`copy_all`] does and hashes what it writes. `None`: the file has holes (hashing a terabyte of nothing takes
+/// its time) or shrank meanwhile.
+pub(super) fn copy_and_hash(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> Result<Option<[u8; 32]>, Errno> {
+    if size > 0 && next_data(from, 0, size)? != Some((0, size)) {
+        copy_all(from, to, size)?;
+        return Ok(None);
+    }
+    rustix::fs::ftruncate(to, size)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; BUFFER.min(size as usize)];
+    let mut at = 0;
+    while at < size {
+        let room = buffer.len().min((size - at) as usize);
+        let count = read_at(from, &mut buffer[..room], at)?;
+        if count == 0 {
+            return Ok(None);
+        }
+        write_at(to, &buffer[..count], at)?;
+        hasher.update(&buffer[..count]);
+        at += count as u64;
+    }
+    Ok(Some(*hasher.finalize().as_bytes()))
+}
+
 fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> Result<(), Errno> {
     let mut at = start;
     while at < end {

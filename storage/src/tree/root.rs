@@ -1,6 +1,6 @@
 //! Opened trees: every path is resolved beneath the root by the kernel, never by joining strings.
 //!
-//! Owns [`Root`] (one open directory) and [`DirStack`] (the chain of directories a walk stands in, with a bounded
+//! Owns [`Root`] (one open directory) and `DirStack` (the chain of directories a walk stands in, with a bounded
 //! number of open descriptors however deep the tree is). Refuses to know what entries mean.
 
 use std::{

@@ -124,14 +124,18 @@ fn measure(name: &str, settings: &Settings, scratch: Scratch) {
         rsync.spread(),
         ratio(&tar),
         ratio(&rsync),
-        case.delta_bytes >> 20,
-        case.wire_bytes >> 20,
+        mebibytes(case.delta_bytes),
+        mebibytes(case.wire_bytes),
         peak(a),
         peak(b),
     );
     if peak(a) >= 128 || peak(b) >= 128 {
         println!("  a daemon took 128 MiB or more");
     }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / 1_048_576.0)
 }
 
 fn build_release_binary() {

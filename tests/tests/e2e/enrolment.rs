@@ -92,6 +92,14 @@ fn a_wrong_token_is_refused_with_its_own_words() {
         assert_ne!(refused.code, 0, "{wrong:?} was taken");
         refused.says(&["token"]);
     }
+    // One that is whole but that no member knows: the database was lost meanwhile.
+    a.stop();
+    std::fs::remove_file(a.state.join("state.db")).unwrap();
+    a.start();
+    let refused = b.cli(&b.setup_arguments(&["join", &token]));
+    refused.ends_with(4).says(&["does not know this join token"]);
+    a.wait_logged("does not know this join token");
+    let token = a.token();
     b.cli(&b.setup_arguments(&["join", &token])).ok();
 }
 
@@ -112,6 +120,7 @@ fn a_token_of_a_node_that_has_another_authority_now_is_refused() {
 
     assert_ne!(refused.code, 0);
     refused.says(&["authority"]);
+    impostor.wait_logged("authority");
     assert!(!b.state.join("identity").join("node.crt").exists());
     assert!(array(&impostor.cli(&["peers"]).ok().json()).is_empty());
 }
@@ -153,7 +162,9 @@ fn another_node_at_a_peers_address_is_not_taken_for_it() {
     let refused = a.cli(&["push", "db@one", "host-b"]);
 
     assert_ne!(refused.code, 0);
-    refused.says(&["host-b"]);
+    refused.says(&["host-b", "node id is not the one"]);
+    a.wait_logged("node id is not the one");
+    other.wait_logged("node id is not the one");
     assert!(array(&other.cli(&["list"]).ok().json()).is_empty(), "nothing went to the wrong node");
 }
 

@@ -14,6 +14,7 @@ mod memory;
 mod mounts;
 mod postgres;
 mod push;
+mod readme;
 mod recovery;
 mod refusals;
 mod verbs;

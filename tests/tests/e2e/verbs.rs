@@ -157,7 +157,7 @@ fn a_rollback_of_unsnapshotted_changes_asks_first() {
     fs::write(mount.join("file"), "precious").unwrap();
     node.cli(&["unmount", "db"]).ok();
 
-    node.cli(&["rollback", "db@one"]).ends_with(4).says(&["db@one"]);
+    node.cli(&["rollback", "db@one"]).ends_with(4).says(&["db", "one", "changes that no snapshot holds"]);
 
     assert_eq!(fs::read_to_string(node.mount("db").join("file")).unwrap(), "precious");
 }

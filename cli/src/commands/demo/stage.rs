@@ -117,6 +117,10 @@ impl Stage {
         Client::new(socket_in(&self.folder, host))
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this program itself, as a user starts it; the command line knows no storage"
+    )]
     fn command(&self, host: Host) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--state").arg(self.state(host)).stdin(Stdio::null()).kill_on_drop(true);

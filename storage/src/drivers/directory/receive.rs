@@ -10,7 +10,8 @@
 //! | published | – | – | the rest is cleared away |
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -20,6 +21,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use rustix::fs::OFlags;
 
 use super::{
     catalog::{StoredSnapshot, check_record, lay_out_volume, refuse_blocked},
@@ -27,6 +29,7 @@ use super::{
     head::logical_bytes,
     pool::{Pool, Stage, make_dir},
     run,
+    verify::digest,
 };
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
@@ -370,7 +373,23 @@ fn write_inventory(dir: &Path, base: Option<InventoryReader>) -> Result<(u64, bo
             }
             Pair::New(entry) => {
                 changed = true;
-                (entry, None)
+                // A file that is new here was just written, so reading it is cheap; one that was patched may be huge.
+                let whole = entry.stat.blocks.saturating_mul(512) >= entry.stat.size;
+                let digest = match entry.kind {
+                    EntryKind::File { .. } if whole => {
+                        match joined.walk().open_last(OFlags::RDONLY | OFlags::NONBLOCK) {
+                            Ok(file) => {
+                                let digest = digest(File::from(file));
+                                Some(digest.map_err(|error| Error::io("read", entry.path.to_string(), error))?)
+                            }
+                            // Its mode may keep even its owner from reading it.
+                            Err(error) if matches!(error.kind, ErrorKind::PermissionDenied) => None,
+                            Err(error) => return Err(error),
+                        }
+                    }
+                    _ => None,
+                };
+                (entry, digest)
             }
             Pair::Both(entry, record) => {
                 let same_inode = entry.stat.ino == record.entry.stat.ino;

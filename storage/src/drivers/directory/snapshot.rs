@@ -13,6 +13,7 @@ use super::{
     compare::{Joined, Likeness, Pair, Trust, judge, same_contents},
     head::{Reference, baseline_name, drop_other_baselines, file_system_time, inode, logical_bytes},
     pool::{Pool, Stage, make_dir, sync_file_system},
+    verify::digest_beneath,
 };
 use crate::{
     delta::Compare,
@@ -118,6 +119,7 @@ struct Making {
     trust: Trust,
     compare: Compare,
     joined: Joined,
+    tree: Root,
     copier: Copier,
     baseline: InventoryWriter,
     changed: bool,
@@ -151,6 +153,7 @@ impl Making {
             trust,
             compare,
             copier: Copier::new(Root::open(stage.path().join("snapshot/tree"))?),
+            tree: Root::open(stage.path().join("snapshot/tree"))?,
             baseline: InventoryWriter::create(&stage.path().join("baseline"))?,
             changed: false,
             logical_bytes: 0,
@@ -207,7 +210,7 @@ impl Making {
     }
 
     fn copy(&mut self, entry: &Entry) -> Result<()> {
-        let Copied { entry: mut copied, how, steady } = self.copier.copy(&self.head, entry)?;
+        let Copied { entry: mut copied, how, steady, digest } = self.copier.copy(&self.head, entry)?;
         match how {
             How::LeftOut => {
                 self.changed = true;
@@ -222,11 +225,16 @@ impl Making {
             // What was copied is of no one moment, so the next snapshot must not take it as unchanged.
             copied.stat.ctime = Time::default();
         }
-        self.add(copied, None)
+        self.add(copied, digest)
     }
 
-    fn add(&mut self, entry: Entry, digest: Option<[u8; 32]>) -> Result<()> {
+    fn add(&mut self, entry: Entry, known: Option<[u8; 32]>) -> Result<()> {
         self.logical_bytes += logical_bytes(&entry.kind);
+        let digest = match (known, &entry.kind, self.compare) {
+            // Who has every file read has every file's digest kept.
+            (None, EntryKind::File { .. }, Compare::Contents) => digest_beneath(&self.tree, &entry.path)?,
+            _ => known,
+        };
         self.baseline.add(InventoryEntry { entry, origin: None, digest })
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     tree::{
         entry::{Entry, EntryKind},
         inventory::{InventoryEntry, InventoryReader},
+        path::TreePath,
         root::Root,
         walk::{Links, Walk},
     },
@@ -126,8 +127,18 @@ fn reread(joined: &mut Joined, entry: &Entry, record: &InventoryEntry) -> Result
     Ok((digest != known).then(|| "its contents changed".to_owned()))
 }
 
+/// Returns the BLAKE3 hash of a file of a tree; `None` where its mode keeps even its owner from reading it.
+pub(super) fn digest_beneath(tree: &Root, path: &TreePath) -> Result<Option<[u8; 32]>> {
+    let file = match tree.open_beneath(path, OFlags::RDONLY | OFlags::NONBLOCK) {
+        Ok(file) => File::from(file),
+        Err(error) if matches!(error.kind, ErrorKind::PermissionDenied) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    digest(file).map(Some).map_err(|error| Error::io("read", tree.show(path), error))
+}
+
 /// Returns the BLAKE3 hash of a file.
-fn digest(mut file: File) -> std::io::Result<[u8; 32]> {
+pub(super) fn digest(mut file: File) -> std::io::Result<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 128 * 1024];
     loop {

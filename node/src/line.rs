@@ -1,0 +1,76 @@
+//! A conversation with a peer: messages that are in order, and failures of the line in an operator's words.
+//!
+//! Owns the check of every message that comes in. Refuses to know what the messages mean. Neighbours: [`crate::push`] and
+//! [`crate::receive`], the two sides of each conversation.
+
+use std::time::Duration;
+
+use flocker_replication::message::{Message, Problem};
+use flocker_storage::model::NodeName;
+use flocker_transport::{CloseCode, Connection, Exchange, NO_PROGRESS};
+
+use crate::{
+    api::types::ApiProblem,
+    peers::link_problem,
+    problem::{self, problem},
+    transfers::Failure,
+};
+
+/// A conversation with a peer: its name for errors, the connection and the control stream.
+pub(crate) struct Line<'a> {
+    /// The peer's name.
+    pub(crate) peer: NodeName,
+    /// The connection.
+    pub(crate) connection: &'a Connection,
+    /// The control stream.
+    pub(crate) exchange: Exchange,
+}
+
+impl<'a> Line<'a> {
+    /// Opens the control stream of a new connection.
+    pub(crate) async fn open(peer: NodeName, connection: &'a Connection) -> Result<Self, Failure> {
+        let exchange = connection
+            .open_exchange()
+            .await
+            .map_err(|error| Failure { transient: error.kind.is_transient(), problem: link_problem(&peer, &error) })?;
+        Ok(Self { peer, connection, exchange })
+    }
+
+    /// Turns a failure of the line into words.
+    pub(crate) fn failed(&self, error: flocker_transport::Error) -> Failure {
+        Failure { transient: error.kind.is_transient(), problem: link_problem(&self.peer, &error) }
+    }
+
+    /// Sends a message.
+    pub(crate) async fn send(&mut self, message: &Message) -> Result<(), Failure> {
+        self.exchange.send_within(message, NO_PROGRESS).await.map_err(|error| self.failed(error))
+    }
+
+    /// Receives a message that is in order. A problem the peer reports becomes a failure.
+    pub(crate) async fn recv(&mut self, wait: Duration) -> Result<Message, Failure> {
+        let message: Message = self.exchange.recv_within(wait).await.map_err(|error| self.failed(error))?;
+        if let Err(violation) = message.validate() {
+            self.connection.close(CloseCode::Protocol, "");
+            return Err(self.broke(violation).into());
+        }
+        match message {
+            Message::Problem(said) => {
+                Err(Failure { transient: said.is_transient(), problem: problem::from_peer(&self.peer, &said) })
+            }
+            message => Ok(message),
+        }
+    }
+
+    /// The peer does not keep to the protocol.
+    pub(crate) fn broke(&self, rule: impl std::fmt::Display) -> ApiProblem {
+        problem(502, "protocol", format!("{} does not keep to the protocol: {rule}", self.peer))
+            .hint("both nodes should run the same version of flocker")
+    }
+
+    /// Tells the peer what went wrong here, as far as the line still carries it.
+    pub(crate) async fn report(&mut self, problem: &Problem) {
+        let _ = self.exchange.send_within(&Message::Problem(problem.clone()), NO_PROGRESS).await;
+        self.exchange.finish();
+        let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
+    }
+}
