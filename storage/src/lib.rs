@@ -7,6 +7,7 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod command;
 pub mod delta;
 pub mod driver;
 pub mod drivers;

@@ -23,6 +23,12 @@ async fn directory_passes_on_btrfs() {
     conformance::run(|| Folders::on(mount.path())).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn btrfs_passes_on_a_loop_file() {
+    let Some(mount) = LoopMount::try_new("btrfs", 4 << 30, &["-q"]) else { return };
+    conformance::run(|| Folders::of("btrfs", mount.path())).await;
+}
+
 /// Root runs the suite once more as somebody who may do little: this binary, copied to where that user can read it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn directory_passes_as_an_ordinary_user() {

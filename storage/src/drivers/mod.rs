@@ -9,6 +9,8 @@ use crate::{
     error::{Error, ErrorKind, Result},
 };
 
+#[cfg(feature = "btrfs")]
+pub mod btrfs;
 #[cfg(feature = "directory")]
 pub mod directory;
 
@@ -16,6 +18,8 @@ pub mod directory;
 pub const DRIVERS: &[&str] = &[
     #[cfg(feature = "directory")]
     directory::NAME,
+    #[cfg(feature = "btrfs")]
+    btrfs::NAME,
 ];
 
 /// A pool as the user writes it: `DRIVER:PLACE`, for example `directory:/var/lib/flocker/pool`.
@@ -82,6 +86,8 @@ pub async fn open(spec: &PoolSpec) -> Result<Arc<dyn Driver>> {
     match spec.driver() {
         #[cfg(feature = "directory")]
         directory::NAME => Ok(Arc::new(directory::DirectoryDriver::open(spec).await?)),
+        #[cfg(feature = "btrfs")]
+        btrfs::NAME => Ok(Arc::new(btrfs::BtrfsDriver::open(spec).await?)),
         other => Err(Error::new("open pool", spec, ErrorKind::Unsupported(format!("there is no driver {other:?}")))),
     }
 }

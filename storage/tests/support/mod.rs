@@ -13,6 +13,7 @@ use flocker_storage::{conformance::Fixture, driver::Driver, drivers, error::Resu
 
 /// Pools in folders of one place.
 pub struct Folders {
+    driver: &'static str,
     place: PathBuf,
     _keep: Option<tempfile::TempDir>,
 }
@@ -21,22 +22,27 @@ impl Folders {
     /// In a temporary folder.
     pub fn temporary() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        Self { place: folder.path().to_owned(), _keep: Some(folder) }
+        Self { driver: "directory", place: folder.path().to_owned(), _keep: Some(folder) }
     }
 
     /// In a new folder of a mounted file system.
     pub fn on(mount: &Path) -> Self {
+        Self::of("directory", mount)
+    }
+
+    /// Pools of another driver in a new folder of a mounted file system.
+    pub fn of(driver: &'static str, mount: &Path) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let place = mount.join(format!("case{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&place).unwrap();
-        Self { place, _keep: None }
+        Self { driver, place, _keep: None }
     }
 }
 
 #[async_trait]
 impl Fixture for Folders {
     async fn open(&self, pool: &str) -> Result<Arc<dyn Driver>> {
-        open(&self.place.join(pool)).await
+        open_with(self.driver, &self.place.join(pool)).await
     }
 
     fn plant_stranger(&self, pool: &str) -> bool {
@@ -48,7 +54,12 @@ impl Fixture for Folders {
 
 /// Opens a directory pool.
 pub async fn open(path: &Path) -> Result<Arc<dyn Driver>> {
-    drivers::open(&format!("directory:{}", path.display()).parse().unwrap()).await
+    open_with("directory", path).await
+}
+
+/// Opens a pool with a driver.
+pub async fn open_with(driver: &str, path: &Path) -> Result<Arc<dyn Driver>> {
+    drivers::open(&format!("{driver}:{}", path.display()).parse().unwrap()).await
 }
 
 /// Tells whether a test that needs `what` runs here. Says so loudly when not, and fails where CI demands it.
@@ -97,7 +108,10 @@ pub struct LoopMount {
 impl LoopMount {
     /// Makes and mounts one with `mkfs.KIND`.
     pub fn new(kind: &str, size_bytes: u64, options: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        // In memory where there is room: these tests sync all the time, and a disk would be what they measure.
+        let memory = Path::new("/dev/shm");
+        let room = rustix::fs::statvfs(memory).is_ok_and(|found| found.f_bavail * found.f_frsize > 2 * size_bytes);
+        let folder = if room { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
         std::fs::File::create(&image).unwrap().set_len(size_bytes).unwrap();
         std::fs::create_dir(&mount).unwrap();

@@ -1,4 +1,4 @@
-//! `kill -9` at every fault point of the directory driver: after a reopen the old or the new state, nothing half, no
+//! `kill -9` at every fault point of each driver: after a reopen the old or the new state, nothing half, no
 //! space lost, and the verb can be done again.
 //!
 //! The test binary starts itself as the child that dies (see [`child`]). Ids are fixed, so that two pools built the same
@@ -13,15 +13,25 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
 };
 
 use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest},
     driver::{Access, Driver, SnapshotRequest, Target},
-    drivers::directory::FAULT_POINTS,
+    drivers::{btrfs, directory},
     model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
 };
 use uuid::Uuid;
+
+/// How the folder of a place on btrfs is called, for the child to know the driver by.
+const BTRFS_PLACE: &str = "btrfs-place-";
+
+/// Opens a pool with the driver of its place.
+async fn open(path: &Path) -> flocker_storage::error::Result<Arc<dyn Driver>> {
+    let on_btrfs = path.components().any(|part| part.as_os_str().to_string_lossy().starts_with(BTRFS_PLACE));
+    support::open_with(if on_btrfs { btrfs::NAME } else { directory::NAME }, path).await
+}
 
 const SCENARIO: &str = "FLOCKER_TEST_SCENARIO";
 
@@ -95,7 +105,7 @@ async fn send(from: &dyn Driver, to: &dyn Driver, base: Option<SnapshotKey>, tar
 /// The sender: volume 4 with snapshots 41 and 42, and for one point volume 6 with more data than lies between two
 /// checkpoints.
 async fn build(place: &Path, point: &str) {
-    let sender = support::open(&place.join("sender")).await.unwrap();
+    let sender = open(&place.join("sender")).await.unwrap();
     sender.create(&record(4, None, Role::Primary)).await.unwrap();
     write(&*sender, 4, &[("a", "1"), ("b/c", "2")]).await;
     let first = take(&*sender, 4, 41, &[]).await;
@@ -108,7 +118,7 @@ async fn build(place: &Path, point: &str) {
         take(&*sender, 6, 61, &[]).await;
     }
 
-    let pool = support::open(&place.join("pool")).await.unwrap();
+    let pool = open(&place.join("pool")).await.unwrap();
     pool.create(&record(1, None, Role::Primary)).await.unwrap();
     write(&*pool, 1, &[("a", "1"), ("b/c", "2"), ("b/d/e", "3")]).await;
     take(&*pool, 1, 1, &[]).await;
@@ -127,7 +137,7 @@ async fn build(place: &Path, point: &str) {
 
 /// Does the verb that passes a fault point, whose second word names it.
 async fn act(place: &Path, point: &str) {
-    let pool = support::open(&place.join("pool")).await.unwrap();
+    let pool = open(&place.join("pool")).await.unwrap();
     match point.split('.').nth(1).unwrap() {
         "create" => pool.create(&record(9, None, Role::Primary)).await.unwrap(),
         "set-record" => {
@@ -147,7 +157,7 @@ async fn act(place: &Path, point: &str) {
 }
 
 async fn receive(place: &Path, pool: &dyn Driver, base: Option<SnapshotKey>, snapshot: u128, volume: u128) {
-    let sender = support::open(&place.join("sender")).await.unwrap();
+    let sender = open(&place.join("sender")).await.unwrap();
     let lineage = sender.lineage(volume_id(volume)).await.unwrap();
     send(&*sender, pool, base, lineage.find(snapshot_id(snapshot)).unwrap(), volume).await;
 }
@@ -163,7 +173,7 @@ struct Seen {
 type Tree = BTreeMap<PathBuf, Option<Vec<u8>>>;
 
 async fn see(place: &Path) -> Seen {
-    let pool = support::open(&place.join("pool")).await.unwrap();
+    let pool = open(&place.join("pool")).await.unwrap();
     let scan = pool.scan().await.unwrap();
     assert_eq!(scan.orphans, []);
     let (mut heads, mut snapshots) = (BTreeMap::new(), BTreeMap::new());
@@ -197,13 +207,13 @@ fn read_tree(root: &Path) -> Tree {
 /// Lists what a pool takes in the file system, once every head is there. A receive that can go on is kept on purpose.
 async fn space(place: &Path) -> Vec<PathBuf> {
     let path = place.join("pool");
-    let pool = support::open(&path).await.unwrap();
+    let pool = open(&path).await.unwrap();
     for (record, _) in pool.scan().await.unwrap().volumes {
         pool.attach(Target::Head(record.id), Access::ReadWrite).await.unwrap();
         pool.discard_partial(record.id).await.unwrap();
     }
     drop(pool);
-    drop(support::open(&path).await.unwrap());
+    drop(open(&path).await.unwrap());
     let mut names: Vec<_> = read_tree(&path).into_keys().collect();
     for name in names.iter_mut().filter(|name| name.components().any(|part| part.as_os_str() == "baselines")) {
         // The name of a baseline holds an inode number and a time.
@@ -237,19 +247,32 @@ fn kill_at(place: &Path, point: &str, pass: u32) -> bool {
 }
 
 /// Builds a place once; copies of it would have other inodes, which counts as tampering.
-async fn built(point: &str) -> tempfile::TempDir {
-    let place = tempfile::tempdir().unwrap();
+async fn built(point: &str, mount: Option<&Path>) -> tempfile::TempDir {
+    let place = match mount {
+        Some(mount) => tempfile::Builder::new().prefix(BTRFS_PLACE).tempdir_in(mount).unwrap(),
+        None => tempfile::tempdir().unwrap(),
+    };
     build(place.path(), point).await;
     place
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_kill_at_any_fault_point_the_pool_is_in_the_old_or_the_new_state() {
+    die_at_each(directory::FAULT_POINTS, None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_kill_at_any_fault_point_a_btrfs_pool_is_in_the_old_or_the_new_state() {
+    let Some(mount) = support::LoopMount::try_new("btrfs", 4 << 30, &["-q"]) else { return };
+    die_at_each(btrfs::FAULT_POINTS, Some(mount.path())).await;
+}
+
+async fn die_at_each(points: &'static [&'static str], mount: Option<&Path>) {
     let mut news: BTreeMap<&str, (Seen, Vec<PathBuf>)> = BTreeMap::new();
-    for point in FAULT_POINTS {
+    for point in points {
         let verb = if point.ends_with(".checkpoint") { point } else { point.split('.').nth(1).unwrap() };
         if !news.contains_key(verb) {
-            let place = built(point).await;
+            let place = built(point, mount).await;
             act(place.path(), point).await;
             let seen = see(place.path()).await;
             news.insert(verb, (seen, space(place.path()).await));
@@ -257,7 +280,7 @@ async fn after_a_kill_at_any_fault_point_the_pool_is_in_the_old_or_the_new_state
         let (new, new_space) = &news[verb];
         let mut passes = 0;
         for pass in 1.. {
-            let place = built(point).await;
+            let place = built(point, mount).await;
             let old = see(place.path()).await;
             if !kill_at(place.path(), point, pass) {
                 break;
@@ -279,10 +302,10 @@ async fn after_a_kill_at_any_fault_point_the_pool_is_in_the_old_or_the_new_state
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_receive_that_was_killed_goes_on_from_its_last_checkpoint() {
     let point = "directory.receive.checkpoint";
-    let place = built(point).await;
+    let place = built(point, None).await;
     assert!(kill_at(place.path(), point, 1));
-    let pool = support::open(&place.path().join("pool")).await.unwrap();
-    let sender = support::open(&place.path().join("sender")).await.unwrap();
+    let pool = open(&place.path().join("pool")).await.unwrap();
+    let sender = open(&place.path().join("sender")).await.unwrap();
     let partial = pool.partial(volume_id(6)).await.unwrap().expect("a checkpoint was kept");
     assert!(pool.lineage(volume_id(6)).await.is_err(), "nothing is visible");
     let held = sender.lineage(volume_id(6)).await.unwrap().snapshots.remove(0);

@@ -1,0 +1,281 @@
+//! Places: a directory on a mounted btrfs, a file or a block device that holds one; and how it comes to be mounted.
+//!
+//! `PLACE[,size=20G][,wipe]`: a file that does not exist is made with this size; a file or device that holds something
+//! else than btrfs is formatted only with `wipe`, and a pool never. What this module mounted it unmounts again, unless somebody uses it.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{self as sys, FlockOperation};
+
+use super::pool::POOL_RECORD;
+use crate::{
+    command,
+    drivers::PoolSpec,
+    error::{Error, ErrorKind, Result},
+};
+
+const OPERATION: &str = "open pool";
+
+/// The magic number of statfs(2).
+const BTRFS: u64 = 0x9123_683e;
+
+/// Where the superblock lies, where in it the magic, and what that is (`btrfs-progs: kernel-shared/uapi/btrfs_tree.h`).
+const MAGIC_AT: u64 = 64 * 1024 + 64;
+const MAGIC: &[u8; 8] = b"_BHRfS_M";
+
+/// How much of the beginning of a device must be zero for it to count as empty.
+const LOOK_BYTES: usize = 1024 * 1024;
+
+/// The smallest file system that is of any use (mkfs.btrfs itself wants 109 MiB).
+const SIZE_MIN: u64 = 128 * 1024 * 1024;
+
+/// What the user wrote behind the driver's name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Wanted {
+    path: PathBuf,
+    size_bytes: Option<u64>,
+    wipe: bool,
+}
+
+/// A pool's place, mounted.
+pub(super) struct Place {
+    root: PathBuf,
+    /// What was mounted here, and is unmounted at the end.
+    mounted: bool,
+    /// Held so that no other node mounts the same file.
+    _lock: Option<File>,
+}
+
+impl Place {
+    /// Makes the place ready. A directory may still be missing.
+    pub(super) fn open(spec: &PoolSpec) -> Result<Self> {
+        let unusable = |why: String| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(why));
+        let wanted = parse(spec.place()).map_err(unusable)?;
+        let kind = match fs::metadata(&wanted.path) {
+            Ok(stat) => Some(stat.file_type()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(unusable(error.to_string())),
+        };
+        let container = match kind {
+            Some(kind) if kind.is_dir() => false,
+            Some(kind) => kind.is_file() || kind.is_block_device(),
+            None => wanted.size_bytes.is_some(),
+        };
+        if container {
+            return Self::mount(spec, &wanted);
+        }
+        if kind.is_some_and(|kind| !kind.is_dir()) {
+            return Err(unusable("it is neither a directory nor a file nor a block device".to_owned()));
+        }
+        let existing = if kind.is_some() { Some(&*wanted.path) } else { wanted.path.parent() };
+        match existing.map(sys::statfs) {
+            Some(Ok(stat)) if stat.f_type as u64 & 0xffff_ffff == BTRFS => {}
+            Some(Ok(_)) => {
+                let hint = if kind.is_none() { "; to make one in a file, write PLACE,size=20G" } else { "" };
+                return Err(unusable(format!("it is not on a mounted btrfs{hint}")));
+            }
+            Some(Err(error)) => return Err(unusable(io::Error::from(error).to_string())),
+            None => return Err(unusable("it has no parent directory".to_owned())),
+        }
+        Ok(Self { root: wanted.path, mounted: false, _lock: None })
+    }
+
+    fn mount(spec: &PoolSpec, wanted: &Wanted) -> Result<Self> {
+        let unusable = |why: String| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(why));
+        let failed = |error: io::Error| Error::io(OPERATION, spec, error);
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&wanted.path);
+        let mut file = file.map_err(failed)?;
+        match sys::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::new(OPERATION, spec, ErrorKind::PoolBusy { pid: None }));
+            }
+            Err(error) => return Err(failed(error.into())),
+        }
+        let root = mount_point(&wanted.path);
+        if is_mounted(&root) {
+            return Ok(Self { root, mounted: true, _lock: Some(file) });
+        }
+        fs::DirBuilder::new().mode(0o700).recursive(true).create(&root).map_err(failed)?;
+        match look(&mut file).map_err(failed)? {
+            Content::Btrfs => {
+                mount_at(spec, &file, wanted, &root)?;
+                // The option may stand in a configuration for good: what is a pool is never formatted.
+                if wanted.wipe && !root.join(POOL_RECORD).exists() {
+                    unmount(&root).map_err(|error| unusable(error.to_string()))?;
+                    format(spec, &mut file, wanted)?;
+                    mount_at(spec, &file, wanted, &root)?;
+                }
+            }
+            Content::Data if !wanted.wipe => {
+                let why = "it holds data that is no btrfs; add ,wipe to overwrite all of it";
+                return Err(unusable(why.to_owned()));
+            }
+            Content::Data | Content::Nothing => {
+                format(spec, &mut file, wanted)?;
+                mount_at(spec, &file, wanted, &root)?;
+            }
+        }
+        // Not for others, whatever the trees in it allow.
+        let place = Self { root, mounted: true, _lock: Some(file) };
+        fs::set_permissions(&place.root, std::os::unix::fs::PermissionsExt::from_mode(0o700)).map_err(failed)?;
+        Ok(place)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.mounted {
+            return;
+        }
+        if let Err(error) = unmount(&self.root) {
+            // A container may still use it. The next open finds it mounted.
+            tracing::info!(%error, "the pool stays mounted");
+        }
+    }
+}
+
+fn mount_at(spec: &PoolSpec, file: &File, wanted: &Wanted, root: &Path) -> Result<()> {
+    let is_file = file.metadata().map_err(|error| Error::io(OPERATION, spec, error))?.is_file();
+    let options = if is_file { "loop,noatime" } else { "noatime" };
+    let words = ["-t", "btrfs", "-o", options, "--"].map(AsRef::as_ref);
+    let arguments: Vec<_> = words.into_iter().chain([wanted.path.as_os_str(), root.as_os_str()]).collect();
+    let mounted = command::run("mount", &arguments);
+    mounted.map_err(|error| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(error.to_string())))?;
+    Ok(())
+}
+
+fn unmount(root: &Path) -> std::result::Result<(), command::CommandError> {
+    command::run("umount", &["--".as_ref(), root.as_os_str()]).map(drop)
+}
+
+enum Content {
+    Nothing,
+    Btrfs,
+    Data,
+}
+
+fn look(file: &mut File) -> io::Result<Content> {
+    let mut magic = [0; MAGIC.len()];
+    file.seek(SeekFrom::Start(MAGIC_AT))?;
+    if file.take(magic.len() as u64).read(&mut magic)? == magic.len() && magic == *MAGIC {
+        return Ok(Content::Btrfs);
+    }
+    let mut beginning = Vec::new();
+    file.rewind()?;
+    file.take(LOOK_BYTES as u64).read_to_end(&mut beginning)?;
+    let stat = file.metadata()?;
+    // A file that somebody wrote to is not ours even where its beginning is zero.
+    let written = stat.is_file() && stat.blocks() > 0;
+    Ok(if written || beginning.iter().any(|byte| *byte != 0) { Content::Data } else { Content::Nothing })
+}
+
+fn format(spec: &PoolSpec, file: &mut File, wanted: &Wanted) -> Result<()> {
+    let unusable = |why: String| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(why));
+    let stat = file.metadata().map_err(|error| Error::io(OPERATION, spec, error))?;
+    if stat.is_file() {
+        let size = match (wanted.size_bytes, stat.len()) {
+            (Some(size), _) => size,
+            (None, 0) => return Err(unusable("the file is empty; add ,size=20G".to_owned())),
+            (None, length) => length,
+        };
+        if size < SIZE_MIN {
+            return Err(unusable(format!("{size} bytes are too few; btrfs wants {SIZE_MIN} at least")));
+        }
+        file.set_len(size).map_err(|error| Error::io(OPERATION, spec, error))?;
+    }
+    // Without --force it looks for the signatures of other file systems by itself, too.
+    let mut arguments = vec!["--quiet".as_ref()];
+    if wanted.wipe {
+        arguments.push("--force".as_ref());
+    }
+    arguments.extend(["--".as_ref(), wanted.path.as_os_str()]);
+    command::run("mkfs.btrfs", &arguments).map_err(|error| unusable(error.to_string()))?;
+    Ok(())
+}
+
+/// Where a file or a device is mounted: beside a file, under /run for a device.
+fn mount_point(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if path.starts_with("/dev") {
+        let name = path.to_string_lossy().trim_start_matches("/dev/").replace('/', "-");
+        return Path::new("/run/flocker").join(format!("{name}.mounted"));
+    }
+    path.with_file_name(format!("{name}.mounted"))
+}
+
+fn is_mounted(root: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|stat| stat.dev());
+    match (device(root), root.parent().map(device)) {
+        (Ok(here), Some(Ok(above))) => here != above,
+        _ => false,
+    }
+}
+
+fn parse(text: &str) -> std::result::Result<Wanted, String> {
+    let mut wanted = Wanted { path: PathBuf::new(), size_bytes: None, wipe: false };
+    let mut rest = text;
+    while let Some((before, option)) = rest.rsplit_once(',') {
+        if option == "wipe" {
+            wanted.wipe = true;
+        } else if let Some(size) = option.strip_prefix("size=") {
+            wanted.size_bytes =
+                Some(parse_size(size).ok_or_else(|| format!("{size:?} is no size; write 20G or 512M"))?);
+        } else {
+            break;
+        }
+        rest = before;
+    }
+    wanted.path = PathBuf::from(rest);
+    if wanted.path.is_absolute() { Ok(wanted) } else { Err("the path must be absolute".to_owned()) }
+}
+
+fn parse_size(text: &str) -> Option<u64> {
+    let (digits, unit) = match text.strip_suffix(['K', 'M', 'G', 'T']) {
+        Some(digits) => (digits, text.chars().last()?),
+        None => (text, 'B'),
+    };
+    let number: u64 = digits.parse().ok()?;
+    let shift = match unit {
+        'K' => 10,
+        'M' => 20,
+        'G' => 30,
+        'T' => 40,
+        _ => 0,
+    };
+    number.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_place_is_a_path_and_options() {
+        let wanted = |path: &str, size_bytes, wipe| Ok(Wanted { path: path.into(), size_bytes, wipe });
+        assert_eq!(parse("/mnt/x"), wanted("/mnt/x", None, false));
+        assert_eq!(parse("/a,b/pool.btrfs,size=20G"), wanted("/a,b/pool.btrfs", Some(20 << 30), false));
+        assert_eq!(parse("/dev/sdx,wipe"), wanted("/dev/sdx", None, true));
+        assert_eq!(parse("/p,size=512M,wipe"), wanted("/p", Some(512 << 20), true));
+        assert!(parse("pool,size=1G").unwrap_err().contains("absolute"));
+        assert!(parse("/p,size=big").unwrap_err().contains("no size"));
+        assert!(parse("/p,size=99999999999T").is_err());
+    }
+
+    #[test]
+    fn a_mount_lies_beside_its_file() {
+        assert_eq!(mount_point(Path::new("/var/pool.btrfs")), Path::new("/var/pool.btrfs.mounted"));
+        assert_eq!(mount_point(Path::new("/dev/mapper/x")), Path::new("/run/flocker/mapper-x.mounted"));
+    }
+}

@@ -1,0 +1,435 @@
+//! An open pool of the btrfs driver: where things lie, who may have it open, what kernel and programs can do.
+//!
+//! ```text
+//! POOL/flocker-pool.json                         the format, so that a newer pool is refused
+//! POOL/lock                                      flock: one node at a time; holds its process id
+//! POOL/volumes/<volume-id>/volume.json           the volume's record
+//! POOL/volumes/<volume-id>/head/                 a writable subvolume; missing while it equals the newest snapshot
+//! POOL/volumes/<volume-id>/snapshots/<id>/       snapshot.json, tree/: a read-only subvolume
+//! POOL/staging/                                  what is being made; one rename publishes it
+//! POOL/trash/                                    what is being deleted
+//! ```
+//! Everything here is of mode 0700, so that the exact modes inside the trees open nothing to anybody, and nobody can write
+//! into a subvolume that is being received. A read-only subvolume cannot move to another directory; the directory around
+//! it can.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use rustix::fs::{self as sys, FlockOperation};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    FORMAT_1, FORMAT_2,
+    place::Place,
+    subvolume::{self, PROGRAM},
+};
+use crate::{
+    command,
+    delta::DeltaFormat,
+    driver::{Capabilities, Target, Usage},
+    drivers::PoolSpec,
+    error::{Error, ErrorKind, Result},
+    model::{SnapshotKey, VolumeId},
+    records::{self, RecordError, sync_dir},
+};
+
+/// The layout this version writes.
+const POOL_FORMAT: u32 = 1;
+pub(super) const POOL_RECORD: &str = "flocker-pool.json";
+const LOCK: &str = "lock";
+const FOLDERS: [&str; 3] = ["volumes", "staging", "trash"];
+/// What a fresh file system may hold and still count as empty.
+const LOST_AND_FOUND: &str = "lost+found";
+
+/// How long the space of deleted subvolumes is waited for: at open, where an earlier run may have left much, and when
+/// somebody asks for the space.
+const CLEANER_AT_OPEN: Duration = Duration::from_secs(30);
+const CLEANER_AT_USAGE: Duration = Duration::from_secs(5);
+
+#[derive(Serialize, Deserialize)]
+struct PoolRecord {
+    format: u32,
+    id: Uuid,
+    driver: String,
+}
+
+/// An attached target.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Attachment {
+    /// The snapshot whose tree was handed out, where it was not the head itself.
+    pub(super) serves: Option<SnapshotKey>,
+}
+
+/// An open pool. The lock goes with the value.
+pub(super) struct Pool {
+    root: PathBuf,
+    capabilities: Capabilities,
+    attached: Mutex<HashMap<Target, Attachment>>,
+    receiving: Mutex<HashSet<VolumeId>>,
+    publishing: Mutex<()>,
+    deleting: Mutex<Vec<JoinHandle<()>>>,
+    // In this order: the lock file is closed before its file system is unmounted.
+    _lock: File,
+    _place: Place,
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for thread in locked(&self.deleting).drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Pool {
+    /// Opens a pool, sets it up where the place is free, finishes or clears away what was interrupted.
+    pub(super) fn open(spec: &PoolSpec) -> Result<Arc<Self>> {
+        if !rustix::process::geteuid().is_root() {
+            let why = "btrfs receive and subvolume delete need root".to_owned();
+            return Err(Error::new("open pool", spec, ErrorKind::PoolUnusable(why)));
+        }
+        let place = Place::open(spec)?;
+        let root = place.root().to_owned();
+        let unusable = |why: String| Error::new("open pool", spec, ErrorKind::PoolUnusable(why));
+        let fresh = look_at(&root).map_err(|why| match why {
+            Unusable::Because(why) => unusable(why),
+            Unusable::Io(error) => unusable(explain(&error)),
+        })?;
+        let lock = lock(&root, spec)?;
+        if fresh {
+            set_up(&root).map_err(|error| match error.kind() {
+                io::ErrorKind::StorageFull => Error::io("set up pool", spec, error),
+                _ => unusable(explain(&error)),
+            })?;
+        }
+        for folder in FOLDERS {
+            make_dir(&root.join(folder)).map_err(|error| unusable(explain(&error)))?;
+        }
+        let capabilities = probe(spec, &root)?;
+        let pool = Arc::new(Self {
+            root,
+            capabilities,
+            attached: Mutex::default(),
+            receiving: Mutex::default(),
+            publishing: Mutex::default(),
+            deleting: Mutex::default(),
+            _lock: lock,
+            _place: place,
+        });
+        // Space first: on a full disk the rest may need it.
+        pool.clear_staging();
+        pool.empty_trash();
+        pool.finish_splits()?;
+        pool.wait_for_cleaner(CLEANER_AT_OPEN);
+        Ok(pool)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+    pub(super) fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+    pub(super) fn volumes_dir(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+    pub(super) fn volume_dir(&self, volume: VolumeId) -> PathBuf {
+        self.volumes_dir().join(volume.to_string())
+    }
+    pub(super) fn head_dir(&self, volume: VolumeId) -> PathBuf {
+        self.volume_dir(volume).join("head")
+    }
+    pub(super) fn snapshots_dir(&self, volume: VolumeId) -> PathBuf {
+        self.volume_dir(volume).join("snapshots")
+    }
+    pub(super) fn snapshot_dir(&self, key: SnapshotKey) -> PathBuf {
+        self.snapshots_dir(key.volume).join(key.snapshot.to_string())
+    }
+    pub(super) fn tree_dir(&self, key: SnapshotKey) -> PathBuf {
+        self.snapshot_dir(key).join("tree")
+    }
+    pub(super) fn staging_dir(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+    pub(super) fn attached(&self) -> MutexGuard<'_, HashMap<Target, Attachment>> {
+        locked(&self.attached)
+    }
+    pub(super) fn receiving(&self) -> MutexGuard<'_, HashSet<VolumeId>> {
+        locked(&self.receiving)
+    }
+    /// Held for the few renames that publish one verb, so that nobody lists the pool between two of them.
+    pub(super) fn publishing(&self) -> MutexGuard<'_, ()> {
+        locked(&self.publishing)
+    }
+    pub(super) fn join_at_close(&self, thread: JoinHandle<()>) {
+        let mut threads = locked(&self.deleting);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+    }
+
+    /// Makes a new place in staging. It is cleared away when dropped, unless [`Stage::publish`] moved it off.
+    pub(super) fn stage(self: &Arc<Self>, operation: &'static str, purpose: &str) -> Result<Stage> {
+        let path = self.staging_dir().join(format!("{purpose}-{}", Uuid::now_v7()));
+        make_dir(&path).map_err(|error| Error::io(operation, path.display(), error))?;
+        Ok(Stage { pool: Arc::clone(self), path })
+    }
+
+    /// Makes all that was written to the pool durable.
+    pub(super) fn sync(&self, operation: &'static str) -> Result<()> {
+        sync_file_system(&self.staging_dir()).map_err(|error| Error::io(operation, self.root.display(), error))
+    }
+
+    pub(super) fn usage(&self) -> Result<Usage> {
+        self.wait_for_cleaner(CLEANER_AT_USAGE);
+        let stat = sys::statvfs(&self.root).map_err(|error| Error::io("measure pool", self.root.display(), error))?;
+        Ok(Usage {
+            total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
+            available_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+        })
+    }
+
+    /// Deleted subvolumes give their space back later, by a thread of the kernel.
+    fn wait_for_cleaner(&self, at_most: Duration) {
+        if let Err(error) = subvolume::wait_for_cleaner(&self.root, at_most) {
+            tracing::warn!(pool = %self.root.display(), %error, "deleted subvolumes cannot be waited for");
+        }
+    }
+
+    /// What is in staging was never published: among it what an interrupted receive left.
+    fn clear_staging(&self) {
+        let Ok(entries) = fs::read_dir(self.staging_dir()) else { return };
+        for entry in entries.flatten() {
+            self.clear_away(&entry.path());
+        }
+    }
+}
+
+/// A place in staging, cleared away when dropped.
+pub(super) struct Stage {
+    pool: Arc<Pool>,
+    path: PathBuf,
+}
+
+impl Stage {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Publishes it, or a part of it, by one rename. The target must not exist.
+    pub(super) fn publish(&self, operation: &'static str, part: &str, to: &Path) -> Result<()> {
+        let from = self.path.join(part);
+        let failed = |error: io::Error| Error::io(operation, to.display(), error);
+        let from_parent = from.parent().unwrap_or(&from).to_owned();
+        sys::renameat_with(sys::CWD, &from, sys::CWD, to, sys::RenameFlags::NOREPLACE)
+            .or_else(|error| match error {
+                // Not every file system knows the flag; the driver is alone in the pool, so a look before is enough.
+                rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS if !to.exists() => sys::rename(&from, to),
+                error => Err(error),
+            })
+            .map_err(|error| match error {
+                rustix::io::Errno::EXIST => Error::new(operation, to.display(), ErrorKind::AlreadyExists),
+                error => failed(error.into()),
+            })?;
+        sync_dir(&from_parent).map_err(failed)?;
+        to.parent().map_or(Ok(()), sync_dir).map_err(failed)
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        if fs::remove_dir(&self.path).is_ok() {
+            return;
+        }
+        match self.pool.trash("clear staging", &self.path) {
+            Ok(trashed) => self.pool.delete_later(trashed),
+            // A disk can be too full for a rename.
+            Err(_) => self.pool.delete_staged(&self.path),
+        }
+    }
+}
+
+/// Locks a mutex whose holders leave no state half done.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes a directory of mode 0700; one that is there is fine.
+pub(super) fn make_dir(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        other => other,
+    }
+}
+
+/// Makes everything written to the file system that holds `path` durable.
+pub(super) fn sync_file_system(path: &Path) -> io::Result<()> {
+    sys::syncfs(File::open(path)?)?;
+    Ok(())
+}
+
+enum Unusable {
+    Because(String),
+    Io(io::Error),
+}
+
+/// Looks at a place without changing it. `true`: a pool can be set up there.
+fn look_at(root: &Path) -> std::result::Result<bool, Unusable> {
+    match fs::metadata(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(Unusable::Io(error)),
+        Ok(metadata) if !metadata.is_dir() => return Err(Unusable::Because("it is not a directory".to_owned())),
+        Ok(_) => {}
+    }
+    match records::read::<PoolRecord>("pool", &root.join(POOL_RECORD)) {
+        Ok(record) if record.format > POOL_FORMAT => {
+            let format = record.format;
+            Err(Unusable::Because(format!(
+                "it has format {format}, written by a newer flocker; this one knows formats up to {POOL_FORMAT}"
+            )))
+        }
+        Ok(record) if record.driver != super::NAME => {
+            Err(Unusable::Because(format!("it belongs to the driver {:?}", record.driver)))
+        }
+        Ok(_) => Ok(false),
+        Err(RecordError::Missing) => {
+            for entry in fs::read_dir(root).map_err(Unusable::Io)? {
+                let name = entry.map_err(Unusable::Io)?.file_name();
+                if !is_ours(&name) && name != LOST_AND_FOUND {
+                    let name = name.to_string_lossy().into_owned();
+                    return Err(Unusable::Because(format!(
+                        "the directory is no pool and not empty: it holds {name:?}"
+                    )));
+                }
+            }
+            match fs::read_dir(root.join("volumes")).map(|mut entries| entries.next().is_some()) {
+                Ok(true) => Err(Unusable::Because(format!("it holds volumes, but {POOL_RECORD} is missing"))),
+                _ => Ok(true),
+            }
+        }
+        Err(RecordError::Io(error)) => Err(Unusable::Io(error)),
+        Err(error) => Err(Unusable::Because(format!("{POOL_RECORD}: {error}"))),
+    }
+}
+
+/// Tells whether a name at the top of a pool is one that the driver makes.
+pub(super) fn is_ours(name: &std::ffi::OsStr) -> bool {
+    let name = name.to_string_lossy();
+    FOLDERS.contains(&&*name) || name == LOCK || name == POOL_RECORD || name == format!("{POOL_RECORD}.new")
+}
+
+fn explain(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!("the node's user (uid {}) may not write there", rustix::process::geteuid().as_raw())
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "the file system is read-only".to_owned(),
+        io::ErrorKind::NotADirectory => "a part of its path is not a directory".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+fn lock(root: &Path, spec: &PoolSpec) -> Result<File> {
+    let unusable = |error: io::Error| Error::new("open pool", spec, ErrorKind::PoolUnusable(explain(&error)));
+    DirBuilder::new().mode(0o700).recursive(true).create(root).map_err(unusable)?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(root.join(LOCK)).map_err(unusable)?;
+    match sys::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            let _ = (&mut file).take(32).read_to_string(&mut text);
+            return Err(Error::new("open pool", spec, ErrorKind::PoolBusy { pid: text.trim().parse().ok() }));
+        }
+        Err(error) => return Err(unusable(error.into())),
+    }
+    // Only for people and for the error above; the lock itself is the kernel's.
+    let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+    Ok(file)
+}
+
+/// The record is written last: a pool without it was never used.
+fn set_up(root: &Path) -> io::Result<()> {
+    for folder in FOLDERS {
+        make_dir(&root.join(folder))?;
+    }
+    let record = PoolRecord { format: POOL_FORMAT, id: Uuid::now_v7(), driver: super::NAME.to_owned() };
+    records::write("pool", root, POOL_RECORD, &record)
+}
+
+/// Finds out what the kernel and the programs know.
+fn probe(spec: &PoolSpec, root: &Path) -> Result<Capabilities> {
+    let unusable = |why: String| Error::new("open pool", spec, ErrorKind::PoolUnusable(why));
+    let version = command::run(PROGRAM, &["--version"]).map_err(|error| unusable(error.to_string()))?;
+    let version = String::from_utf8_lossy(&version).lines().next().unwrap_or_default().trim().to_owned();
+    // A kernel before 6.0 lacks the file; it knows version 1.
+    let kernel = fs::read_to_string("/sys/fs/btrfs/features/send_stream_version").unwrap_or_default();
+    let kernel: u32 = kernel.trim().parse().unwrap_or(1);
+    let mut formats = vec![DeltaFormat(FORMAT_1.to_owned()), DeltaFormat::tree()];
+    // Programs before 6.2 lose or damage data of version 2 streams (their change log, 6.0.2 and 6.2).
+    let compressed = kernel >= 2 && parse_version(&version).is_some_and(|version| version >= (6, 2));
+    if compressed {
+        formats.insert(0, DeltaFormat(FORMAT_2.to_owned()));
+    }
+    let quota = command::run(PROGRAM, &["qgroup".as_ref(), "show".as_ref(), root.as_os_str()]).is_ok();
+    let usage = ["filesystem".as_ref(), "usage".as_ref(), root.as_os_str()];
+    let usage = command::run(PROGRAM, &usage).map_err(|error| unusable(error.to_string()))?;
+    let mut facts = BTreeMap::from([
+        ("programs".to_owned(), version),
+        ("send stream version".to_owned(), if compressed { "2" } else { "1" }.to_owned()),
+        ("quotas".to_owned(), if quota { "on" } else { "off; `btrfs quota enable` turns them on" }.to_owned()),
+    ]);
+    let profiles = parse_profiles(&String::from_utf8_lossy(&usage));
+    facts.extend(profiles.into_iter().map(|(of, profile)| (format!("profile of {of}"), profile)));
+    Ok(Capabilities {
+        driver: super::NAME.to_owned(),
+        pool: spec.to_string(),
+        formats,
+        group_atomic: false,
+        quota,
+        facts,
+    })
+}
+
+/// Reads `btrfs-progs v6.2`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.strip_prefix("btrfs-progs v")?.split('.');
+    let leading = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok();
+    Some((leading(numbers.next()?)?, numbers.next().and_then(leading).unwrap_or(0)))
+}
+
+/// Reads the profiles (`Data,single: Size:…`) of `btrfs filesystem usage`.
+fn parse_profiles(text: &str) -> Vec<(String, String)> {
+    let lines = text.lines().filter_map(|line| line.split_once(": Size:")?.0.split_once(','));
+    lines.map(|(of, profile)| (of.to_lowercase(), profile.to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read() {
+        assert_eq!(parse_version("btrfs-progs v6.2"), Some((6, 2)));
+        assert_eq!(parse_version("btrfs-progs v5.10.1"), Some((5, 10)));
+        assert_eq!(parse_version("btrfs-progs v6.16-rc1"), Some((6, 16)));
+        assert_eq!(parse_version("something else"), None);
+    }
+
+    #[test]
+    fn profiles_are_read() {
+        let text = "Overall:\n    Device size:\t 5\n\nData,single: Size:83, Used:0 (0.00%)\n   /dev/loop0\t 83\n\nMetadata,DUP: Size:3, Used:2\n";
+        let expected = [("data", "single"), ("metadata", "DUP")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        assert_eq!(parse_profiles(text), expected);
+    }
+}

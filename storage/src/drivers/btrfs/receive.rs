@@ -1,0 +1,352 @@
+//! Taking in a delta: into a subvolume in staging, checked there, published by one rename.
+//!
+//! `staging/receive-…/incoming/` becomes the snapshot's directory. A stream of the kernel's format goes through
+//! [`Reader`](super::stream::Reader) to `btrfs receive`, which sees nothing of the pool but that directory (chroot) and a
+//! copy of the base with a uuid of its own. A stream of the tree format is applied to a writable snapshot of the base.
+//!
+//! | state | dropped, failed or suspended | killed, then opened |
+//! |---|---|---|
+//! | open | cleared away | cleared away |
+//! | published | – | the rest is cleared away |
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ChildStdin,
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{
+    catalog::{StoredSnapshot, lay_out_volume},
+    delta::{PREAMBLE, parse_preamble, stream_version},
+    pool::{Pool, Stage, make_dir},
+    run,
+    snapshot::{Totals, count},
+    stream::{Changes, Naming, Reader},
+    subvolume::{self, Mode, PROGRAM},
+};
+use crate::{
+    command::{Input, Running},
+    delta::{DeltaFormat, ReceiveRequest, Receiving, ResumePoint},
+    error::{Error, ErrorKind, Result},
+    fault,
+    model::{HeldSnapshot, SnapshotKey, VolumeId},
+    tree::{
+        apply::{Applier, Sharing},
+        root::Root,
+    },
+};
+
+const OPERATION: &str = "receive snapshot";
+
+/// What a received subvolume is called, whatever the sender called it.
+const TREE: &str = "tree";
+
+impl Pool {
+    pub(super) fn receive(self: &Arc<Self>, request: ReceiveRequest) -> Result<BtrfsReceiving> {
+        let (volume, object) = (request.volume.id, request.snapshot.id);
+        let version = stream_version(self, &request.format);
+        if version.is_none() && request.format != DeltaFormat::tree() {
+            let why = ErrorKind::Unsupported(format!("the delta format {} is not known here", request.format));
+            return Err(Error::new(OPERATION, object, why));
+        }
+        self.check_record(OPERATION, &request.volume)?;
+        let slot = Slot::take(self, volume)?;
+        if self.volume_dir(volume).exists() {
+            self.volume(OPERATION, volume)?;
+            if self.snapshot_dir(SnapshotKey { volume, snapshot: object }).exists() {
+                return Err(Error::new(OPERATION, object, ErrorKind::AlreadyExists));
+            }
+        }
+        if request.resume.is_some() {
+            let why = "nothing was kept of this receive".to_owned();
+            return Err(Error::new(OPERATION, object, ErrorKind::ResumeStale(why)));
+        }
+        let stage = self.stage(OPERATION, "receive")?;
+        let incoming = stage.path().join("incoming");
+        make_dir(&incoming).map_err(|error| Error::io(OPERATION, object, error))?;
+        let taker = match version {
+            Some(version) => Taker::Kernel(Box::new(self.take_stream(&request, &stage, version)?)),
+            None => Taker::Tree(Box::new(self.take_tree(&request, &incoming)?)),
+        };
+        fault::point("btrfs.receive.opened");
+        Ok(BtrfsReceiving { work: Some(Work { taker, stage, request, pool: Arc::clone(self), _slot: slot }) })
+    }
+
+    fn take_tree(&self, request: &ReceiveRequest, incoming: &Path) -> Result<Applier> {
+        let tree = incoming.join(TREE);
+        let made = match request.base {
+            Some(base) => subvolume::snapshot(&self.tree_dir(base), &tree, Mode::Writable),
+            None => subvolume::create(&tree),
+        };
+        made.map_err(|error| Error::new(OPERATION, request.snapshot.id, error.into_kind()))?;
+        let base = match request.base {
+            None => None,
+            Some(base) => {
+                // After the copy was made: a change that is in it is noticed.
+                self.refuse_tampered(OPERATION, base)?;
+                Some(Root::open(self.tree_dir(base))?)
+            }
+        };
+        Applier::new(Root::open(tree)?, base, Sharing::Exclusive, None, Box::new(|_| Ok(())))
+    }
+
+    fn take_stream(&self, request: &ReceiveRequest, stage: &Stage, version: u32) -> Result<Stream> {
+        let failed = |kind: ErrorKind| Error::new(OPERATION, request.snapshot.id, kind);
+        let parent = match request.base {
+            None => None,
+            Some(base) => {
+                // Its own uuid makes the copy the one subvolume that the program can mean.
+                let copy = stage.path().join("base");
+                subvolume::snapshot(&self.tree_dir(base), &copy, Mode::ReadOnly)
+                    .map_err(|error| failed(error.into_kind()))?;
+                self.refuse_tampered(OPERATION, base)?;
+                let shown = subvolume::show(&copy).map_err(|error| error.into_error(OPERATION, base.snapshot))?;
+                Some(shown.uuid)
+            }
+        };
+        let incoming = stage.path().join("incoming");
+        let words = ["receive", "-q", "-C", "-e"].map(AsRef::as_ref);
+        let arguments: Vec<_> = words.into_iter().chain([incoming.as_os_str()]).collect();
+        let running = Running::start(PROGRAM, &arguments, Input::Pipe).map_err(|error| failed(error.into_kind()))?;
+        let stdin = running.take_stdin();
+        let reader = Reader::renaming(version, Naming { name: TREE, parent });
+        Ok(Stream { running, stdin, preamble: Vec::new(), reader, out: Vec::new() })
+    }
+}
+
+/// The right to the one open receive of a volume.
+struct Slot {
+    pool: Arc<Pool>,
+    volume: VolumeId,
+}
+
+impl Slot {
+    fn take(pool: &Arc<Pool>, volume: VolumeId) -> Result<Self> {
+        if !pool.receiving().insert(volume) {
+            let why = ErrorKind::Unsupported("another receive for this volume is open".to_owned());
+            return Err(Error::new(OPERATION, volume, why));
+        }
+        Ok(Self { pool: Arc::clone(pool), volume })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.pool.receiving().remove(&self.volume);
+    }
+}
+
+/// Who takes the bytes.
+enum Taker {
+    Tree(Box<Applier>),
+    Kernel(Box<Stream>),
+}
+
+/// A stream on its way to `btrfs receive`.
+struct Stream {
+    running: Running,
+    stdin: Option<ChildStdin>,
+    preamble: Vec<u8>,
+    reader: Reader,
+    out: Vec<u8>,
+}
+
+/// What arrived.
+struct Arrived {
+    totals: Totals,
+    unchanged: bool,
+}
+
+impl Stream {
+    fn write(&mut self, mut chunk: &[u8]) -> std::result::Result<(), ErrorKind> {
+        if self.preamble.len() < PREAMBLE {
+            let (head, rest) = chunk.split_at(chunk.len().min(PREAMBLE - self.preamble.len()));
+            self.preamble.extend_from_slice(head);
+            chunk = rest;
+            if self.preamble.len() == PREAMBLE && parse_preamble(&self.preamble).is_none() {
+                return Err(ErrorKind::Corrupt("the stream is of another format".to_owned()));
+            }
+        }
+        self.out.clear();
+        self.reader.take(chunk, &mut self.out).map_err(|error| ErrorKind::Corrupt(error.to_string()))?;
+        let Some(stdin) = &mut self.stdin else {
+            return Err(ErrorKind::Corrupt("the receive failed before".to_owned()));
+        };
+        match stdin.write_all(&self.out) {
+            Ok(()) => Ok(()),
+            // It ended early: its own words say why.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(self
+                .end()
+                .err()
+                .unwrap_or_else(|| ErrorKind::Corrupt("btrfs receive ended before the stream did".to_owned()))),
+            Err(error) => Err(ErrorKind::from_io(error)),
+        }
+    }
+
+    fn end(&mut self) -> std::result::Result<(), ErrorKind> {
+        drop(self.stdin.take());
+        self.running.finish().map_err(|error| match error.stderr().trim().to_owned() {
+            stderr if stderr.is_empty() => error.into_kind(),
+            stderr => match error.into_kind() {
+                ErrorKind::NoSpace => ErrorKind::NoSpace,
+                _ => ErrorKind::Corrupt(format!("btrfs receive does not take it: {stderr}")),
+            },
+        })
+    }
+
+    /// Waits for the end and checks what came: one subvolume, read-only, marked as received, as large as announced.
+    fn finish(mut self, incoming: &Path, base: Option<PathBuf>) -> std::result::Result<Arrived, ErrorKind> {
+        let corrupt = |what: &str| ErrorKind::Corrupt(what.to_owned());
+        let (Some(totals), true) = (parse_preamble(&self.preamble), self.reader.has_ended()) else {
+            return Err(corrupt("the stream is truncated"));
+        };
+        self.end()?;
+        let Some(header) = self.reader.header() else { return Err(corrupt("the stream has no beginning")) };
+        let names: io::Result<Vec<_>> =
+            fs::read_dir(incoming).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
+        if names.map_err(ErrorKind::from_io)? != [TREE] {
+            return Err(corrupt("the stream made something beside its subvolume"));
+        }
+        let tree = incoming.join(TREE);
+        let shown = subvolume::show(&tree).map_err(|error| corrupt(&error.to_string()))?;
+        if !shown.read_only || shown.received != Some(header.uuid) {
+            return Err(corrupt("the received subvolume is garbled: it was not finished"));
+        }
+        let counted = count(OPERATION, &tree).map_err(|error| error.kind)?;
+        if counted != totals {
+            return Err(ErrorKind::Corrupt(format!(
+                "it has {} entries and {} bytes, where {} and {} were announced",
+                counted.entries, counted.logical_bytes, totals.entries, totals.logical_bytes
+            )));
+        }
+        let unchanged = match (self.reader.changes(), base) {
+            (Changes::OnlyTimes(touched), Some(base)) => subvolume::are_as_before(touched, &base),
+            _ => false,
+        };
+        Ok(Arrived { totals, unchanged })
+    }
+}
+
+/// An open receive. The work moves into the blocking thread that does it, so that a dropped future leaves it whole there:
+/// it ends by itself and clears its place away.
+pub(super) struct BtrfsReceiving {
+    work: Option<Work>,
+}
+
+/// The order of the fields is the order in which they go: first the program, last the volume is free.
+struct Work {
+    taker: Taker,
+    stage: Stage,
+    request: ReceiveRequest,
+    pool: Arc<Pool>,
+    _slot: Slot,
+}
+
+#[async_trait]
+impl Receiving for BtrfsReceiving {
+    async fn write(&mut self, chunk: Bytes) -> Result<()> {
+        let Some(mut work) = self.work.take() else { return Err(failed_before()) };
+        let work = run(OPERATION, move || {
+            match &mut work.taker {
+                Taker::Tree(applier) => applier.feed(&chunk)?,
+                Taker::Kernel(stream) => {
+                    let object = work.request.snapshot.id;
+                    stream.write(&chunk).map_err(|kind| Error::new(OPERATION, object, kind))?;
+                }
+            }
+            Ok(work)
+        })
+        .await?;
+        self.work = Some(work);
+        Ok(())
+    }
+
+    async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
+        let Some(work) = self.work.take() else { return Err(failed_before()) };
+        run(OPERATION, move || work.commit()).await
+    }
+
+    async fn suspend(mut self: Box<Self>) -> Result<Option<ResumePoint>> {
+        let work = self.work.take();
+        run(OPERATION, move || {
+            drop(work);
+            Ok(None)
+        })
+        .await
+    }
+}
+
+fn failed_before() -> Error {
+    Error::new(OPERATION, "stream", ErrorKind::Corrupt("the receive failed before".to_owned()))
+}
+
+impl Work {
+    fn commit(self) -> Result<HeldSnapshot> {
+        let Self { taker, stage, request, pool, _slot, .. } = self;
+        let (volume, object) = (request.volume.id, request.snapshot.id);
+        let key = SnapshotKey { volume, snapshot: object };
+        let failed = |error: io::Error| Error::io(OPERATION, object, error);
+        let incoming = stage.path().join("incoming");
+        let tree = incoming.join(TREE);
+        let arrived = match taker {
+            Taker::Kernel(stream) => stream
+                .finish(&incoming, request.base.map(|base| pool.tree_dir(base)))
+                .map_err(|kind| Error::new(OPERATION, object, kind))?,
+            Taker::Tree(applier) => {
+                for finding in applier.finish()?.findings {
+                    tracing::warn!(snapshot = %object, path = finding.path, "not kept: {}", finding.what);
+                }
+                pool.sync(OPERATION)?;
+                subvolume::make_read_only(&tree).map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
+                let unchanged = request.base.map_or(Ok(false), |base| pool.is_as(base, &tree))?;
+                Arrived { totals: count(OPERATION, &tree)?, unchanged }
+            }
+        };
+        // Receiving a subvolume changes it a last time; what is read now stays.
+        pool.sync(OPERATION)?;
+        let header = subvolume::probe(&tree).map_err(|error| error.into_error(OPERATION, object))?;
+        let extends = pool.volume_dir(volume).exists();
+        let parent = request.snapshot.parents.first().copied();
+        let follows = request.base.is_some() && request.base.map(|base| base.snapshot) == parent;
+        let stored = StoredSnapshot {
+            sequence: if extends { pool.next_sequence(OPERATION, volume)? } else { 1 },
+            unchanged: arrived.unchanged && follows,
+            logical_bytes: arrived.totals.logical_bytes,
+            entries: arrived.totals.entries,
+            identity: header.uuid,
+            ctransid: header.ctransid,
+            snapshot: request.snapshot.clone(),
+        };
+        stored.write(&incoming).map_err(failed)?;
+        if extends {
+            let head = pool.head_to_replace(OPERATION, volume)?;
+            pool.sync(OPERATION)?;
+            fault::point("btrfs.receive.before-publish");
+            let publishing = pool.publishing();
+            // Head first: a replica without a head is as its newest snapshot, whichever that is.
+            let trashed = head.then(|| pool.trash(OPERATION, &pool.head_dir(volume))).transpose()?;
+            fault::point("btrfs.receive.head-trashed");
+            stage.publish(OPERATION, "incoming", &pool.snapshot_dir(key))?;
+            drop(publishing);
+            fault::point("btrfs.receive.published");
+            if let Some(trashed) = trashed {
+                pool.delete_trashed(trashed);
+            }
+        } else {
+            let new = stage.path().join("volume");
+            lay_out_volume(&new, &request.volume).map_err(failed)?;
+            fs::rename(&incoming, new.join("snapshots").join(object.to_string())).map_err(failed)?;
+            pool.sync(OPERATION)?;
+            fault::point("btrfs.receive.before-publish");
+            let _publishing = pool.publishing();
+            stage.publish(OPERATION, "volume", &pool.volume_dir(volume))?;
+            fault::point("btrfs.receive.published");
+        }
+        Ok(stored.held(volume))
+    }
+}
