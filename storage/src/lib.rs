@@ -5,9 +5,9 @@
 //! # Non-goals
 //! Peers, transfers and policies: this crate knows one pool on one machine.
 
+pub mod command;
 #[cfg(feature = "conformance")]
 pub mod conformance;
-pub mod command;
 pub mod delta;
 pub mod driver;
 pub mod drivers;

@@ -1,4 +1,5 @@
-//! The directory driver on real file systems: reflinks where there are some, hard links to the previous snapshot elsewhere.
+//! The drivers on real file systems: the directory driver with reflinks where there are some and hard links to the previous
+//! snapshot elsewhere; the btrfs driver natively, and mixed with directories.
 
 use std::{fs, path::Path};
 
@@ -124,4 +125,75 @@ fn a_volume_moves_between_file_systems() {
 
     assert!(transfer["progress"]["delta_bytes"].as_u64().unwrap() < MEBIBYTE, "{transfer}");
     assert_equal(&mount, &b.mount("db"));
+}
+
+/// Two nodes, one volume there and back: three snapshots out, a clone, promotion and a change on the way home.
+fn history_goes_there_and_back(pools: [String; 2], scratch: Scratch, best_format: &str) {
+    let options = pools.map(|pool| Options { pool: Some(pool), ..Options::default() });
+    let mut cluster = Cluster::with(scratch, options.to_vec());
+    let (a, b) = cluster.pair();
+    let formats = a.cli(&["pool", "status"]).ok().json()["capabilities"]["formats"].clone();
+    assert_eq!(formats[0], best_format, "{formats}");
+    let mount = a.create_mounted("db");
+    write_ordinary_tree(&mount, 130, 10 * 1024);
+    write_random(&mount.join("large"), 131, 30 * MEBIBYTE);
+    a.cli(&["snapshot", "db@one", "-m", "why=first"]).ok();
+    a.push("db@one", "host-b");
+    scribble(&mount.join("large"), 132, 10);
+    a.cli(&["snapshot", "db@two"]).ok();
+    fs::remove_file(mount.join("data.bin")).unwrap();
+    a.cli(&["snapshot", "db@three"]).ok();
+    let transfer = a.push("db@three", "host-b");
+    assert!(transfer["progress"]["delta_bytes"].as_u64().unwrap() < 5 * MEBIBYTE, "{transfer}");
+    assert_equal(&mount, &b.mount("db"));
+    let inspected = b.cli(&["inspect", "db@one"]).ok().json();
+    assert_eq!((&inspected["metadata"]["why"], &inspected["host"]["name"]), (&"first".into(), &"host-a".into()));
+
+    b.cli(&["clone", "db@two", "was"]).ok();
+    assert!(b.mount("was").join("data.bin").exists());
+    b.cli(&["unmount", "db"]).ok();
+    b.cli(&["promote", "db"]).ok();
+    let there = b.mount("db");
+    fs::write(there.join("order"), "taken on host-b").unwrap();
+    b.cli(&["snapshot", "db@four"]).ok();
+    a.cli(&["unmount", "db"]).ok();
+    let transfer = b.push("db@four", "host-a");
+    assert!(transfer["progress"]["delta_bytes"].as_u64().unwrap() < MEBIBYTE, "{transfer}");
+    assert_equal(&there, &a.mount("db"));
+    assert_sound(a);
+    assert_sound(b);
+}
+
+fn btrfs_pool(scratch: &Scratch, name: &str) -> String {
+    format!("btrfs:{}", scratch.mount(FileSystem::Btrfs, name, 512).join("pool").display())
+}
+
+#[test]
+fn history_goes_natively_between_btrfs_pools() {
+    if !require("btrfs") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let pools = [btrfs_pool(&scratch, "left"), btrfs_pool(&scratch, "right")];
+    history_goes_there_and_back(pools, scratch, "btrfs-send/2");
+}
+
+#[test]
+fn history_goes_from_a_directory_to_btrfs_and_back() {
+    if !require("btrfs") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let pools = [format!("directory:{}", scratch.folder("pool").display()), btrfs_pool(&scratch, "right")];
+    history_goes_there_and_back(pools, scratch, "flocker-tree/1");
+}
+
+#[test]
+fn history_goes_from_btrfs_to_a_directory_and_back() {
+    if !require("btrfs") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let pools = [btrfs_pool(&scratch, "left"), format!("directory:{}", scratch.folder("pool").display())];
+    history_goes_there_and_back(pools, scratch, "btrfs-send/2");
 }

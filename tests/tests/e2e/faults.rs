@@ -13,7 +13,7 @@ use flocker_tests::{
 /// The tests share the points out among themselves, so that they run side by side.
 const SHARES: usize = 4;
 
-/// Every fault point of the program, found in its sources.
+/// Every fault point that a node on a directory pool passes, found in the sources.
 fn points() -> Vec<String> {
     let mut points = Vec::new();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
@@ -26,7 +26,9 @@ fn points() -> Vec<String> {
             }
             let text = fs::read_to_string(entry.path()).unwrap();
             let calls = text.split("fault::point(\"").skip(1).filter_map(|rest| rest.split('"').next());
-            points.extend(calls.filter(|name| name.contains('.')).map(str::to_owned));
+            // Another driver's points are passed on its own pools only; storage/tests/kill.rs dies at those.
+            let ours = |name: &&str| name.starts_with("directory.") || name.starts_with("node.");
+            points.extend(calls.filter(ours).map(str::to_owned));
         }
     }
     points.sort();

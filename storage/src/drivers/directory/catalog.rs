@@ -46,7 +46,7 @@ impl StoredSnapshot {
 /// Refuses what this driver cannot keep.
 pub(super) fn check_record(operation: &'static str, record: &VolumeRecord) -> Result<()> {
     if record.quota_bytes.is_some() {
-        let why = "a directory pool cannot hold a volume to a quota; the btrfs and zfs drivers can";
+        let why = "a directory pool cannot hold a volume to a quota; a btrfs pool can";
         return Err(Error::new(operation, &record.name, ErrorKind::Unsupported(why.to_owned())));
     }
     check_metadata(&record.metadata)
