@@ -465,3 +465,33 @@ async fn a_full_disk_changes_nothing_and_gives_the_space_back() {
     assert_eq!(fs::read_to_string(head.join("small")).unwrap(), "dirty");
     assert_eq!(driver.scan().await.unwrap().volumes, [(volume, vec![one, two])]);
 }
+
+/// Bytes that this process has read by system calls (proc_pid_io(5)).
+fn read_so_far() -> u64 {
+    let table = fs::read_to_string("/proc/self/io").unwrap();
+    table.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn extents_that_both_snapshots_share_are_not_read_for_the_delta() {
+    for kind in ["xfs", "btrfs"] {
+        let Some(mount) = LoopMount::try_new(kind, 1 << 30, &["-q"]) else { continue };
+        let (driver, volume, head) = volume_in(&mount.path().join("pool")).await;
+        // Bytes that no file system compresses: a place must say which bytes lie there.
+        let mut bytes = vec![0; 100 << 20];
+        blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+        fs::write(head.join("large"), &bytes).unwrap();
+        let one = take(&*driver, volume.id).await;
+        let file = fs::File::options().write(true).open(head.join("large")).unwrap();
+        for place in [0, 50 << 20, (100 << 20) - 4096] {
+            file.write_all_at(&[7; 4096], place).unwrap();
+        }
+        drop(file);
+        let two = take(&*driver, volume.id).await;
+        let before = read_so_far();
+        let delta = delta_bytes(&*driver, &one, &two).await.unwrap();
+        let read = read_so_far() - before;
+        assert!((3 * 4096..20_000).contains(&delta), "{kind}: the delta has {delta} bytes");
+        assert!(read < 20 << 20, "{kind}: {read} bytes were read of two versions of 100 MiB");
+    }
+}

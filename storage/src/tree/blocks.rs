@@ -1,4 +1,4 @@
-//! What changed inside one file: both versions compared block by block, holes skipped.
+//! What changed inside one file: both versions compared block by block, holes and shared extents skipped.
 //!
 //! A pure reader with one position; memory is two windows, whatever the file's size.
 
@@ -8,11 +8,15 @@ use rustix::io::Errno;
 
 use super::{
     data::{next_data, read_at},
+    extents::{Extents, Shared},
     wire::DATA_LIMIT,
 };
 
 /// The unit of comparing, in bytes: the page that most databases and file systems write at least.
 const BLOCK: usize = 4096;
+
+/// Smaller files are read: asking for their extents costs as much.
+const WORTH_ASKING: u64 = 1024 * 1024;
 
 /// One version of a file.
 #[derive(Debug)]
@@ -57,6 +61,7 @@ pub(super) enum Found {
 pub(super) struct Blocks {
     target: Version,
     base: Option<Version>,
+    shared: Option<Shared<Extents>>,
     offset: u64,
     window: Vec<u8>,
     base_window: Vec<u8>,
@@ -68,7 +73,9 @@ impl Blocks {
     /// Starts at `offset`. Buffers are handed on from file to file.
     pub(super) fn new(target: Version, base: Option<Version>, offset: u64, buffers: (Vec<u8>, Vec<u8>)) -> Self {
         let (window, base_window) = buffers;
-        Self { target, base, offset, window, base_window, rest: None }
+        let asked = base.as_ref().filter(|_| target.size >= WORTH_ASKING);
+        let shared = asked.and_then(|base| Shared::of(&target.file, &base.file));
+        Self { target, base, shared, offset, window, base_window, rest: None }
     }
 
     pub(super) fn into_buffers(self) -> (Vec<u8>, Vec<u8>) {
@@ -90,6 +97,14 @@ impl Blocks {
         let (data_start, data_end) = self.target.data(self.offset)?;
         if data_start > self.offset {
             return self.hole(data_start.min(self.target.size));
+        }
+        // What lies behind the base's end in its last block is none of its bytes.
+        let common = self.base.as_ref().map_or(0, |base| base.size.min(data_end));
+        if self.offset < common
+            && let Some(end) = self.shared.as_mut().and_then(|shared| shared.end_at(self.offset))
+        {
+            self.offset = end.min(common);
+            return Ok(Found::Nothing);
         }
         // Windows lie on a fixed grid, so that a resumed comparison sees the same ones.
         let grid = (self.offset / DATA_LIMIT as u64 + 1) * DATA_LIMIT as u64;

@@ -12,6 +12,7 @@ mod builder;
 pub mod copy;
 mod data;
 pub mod entry;
+mod extents;
 mod findings;
 #[cfg(test)]
 mod hostile_tests;
