@@ -24,6 +24,9 @@ fn points() -> Vec<String> {
                 folders.push(entry.path());
                 continue;
             }
+            if entry.path().extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
             let text = fs::read_to_string(entry.path()).unwrap();
             let calls = text.split("fault::point(\"").skip(1).filter_map(|rest| rest.split('"').next());
             // Another driver's points are passed on its own pools only; storage/tests/kill.rs dies at those.
