@@ -156,7 +156,7 @@ pub(super) fn send(arguments: &[&str], base: Option<&Path>, target: &Path) -> Re
 }
 
 /// Reads what the kernel says of a read-only snapshot at the beginning of a stream. It is the only place where a program
-/// prints a subvolume's `ctransid` exactly; see docs/adr/0010-btrfs-parents-are-checked-in-the-stream.md.
+/// prints a subvolume's `ctransid` exactly; see docs/adr/0003-btrfs-parents-are-checked-in-the-stream.md.
 pub(super) fn probe(path: &Path) -> Result<Header, Trouble> {
     let running = send(&["--no-data"], None, path).map_err(Trouble::Program)?;
     let mut reader = Reader::new(STREAM_VERSION);
