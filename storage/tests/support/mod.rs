@@ -1,6 +1,8 @@
 //! Places to put pools: temporary folders, and file systems made in loop files where root allows it.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod zfs_fuse;
+
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
