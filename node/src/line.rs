@@ -48,7 +48,12 @@ impl<'a> Line<'a> {
 
     /// Receives a message that is in order. A problem the peer reports becomes a failure.
     pub(crate) async fn recv(&mut self, wait: Duration) -> Result<Message, Failure> {
-        let message: Message = self.exchange.recv_within(wait).await.map_err(|error| self.failed(error))?;
+        let message = self.exchange.recv_within(wait).await.map_err(|error| self.failed(error))?;
+        self.understand(message)
+    }
+
+    /// Checks a message. A problem the peer reports becomes a failure.
+    pub(crate) fn understand(&self, message: Message) -> Result<Message, Failure> {
         if let Err(violation) = message.validate() {
             self.connection.close(CloseCode::Protocol, "");
             return Err(self.broke(violation).into());

@@ -13,6 +13,9 @@ use serde::Serialize;
 
 use crate::{api::types::ApiProblem, state::StateError};
 
+/// The code of a step that a format cannot carry and the portable one can; from a peer it comes with `peer_` before it.
+pub(crate) const FORMAT_UNFIT: &str = "format_unfit";
+
 /// The result of one of the node's verbs.
 pub(crate) type Result<T> = std::result::Result<T, ApiProblem>;
 
@@ -123,6 +126,7 @@ impl From<StorageError> for ApiProblem {
             ErrorKind::Tampered { .. } => problem(409, "tampered", detail)
                 .hint("`flocker verify` lists all that differs; the snapshot is not sent as it is"),
             ErrorKind::ResumeStale(_) => problem(409, "resume_stale", detail),
+            ErrorKind::FormatUnfit(_) => problem(409, FORMAT_UNFIT, detail),
             ErrorKind::Unsupported(_) => problem(422, "unsupported", detail),
             _ => internal(detail),
         }
@@ -168,6 +172,7 @@ pub(crate) fn to_peer(error: &ApiProblem) -> Problem {
         "not_permitted" => ProblemCode::NotPermitted,
         "tampered" => ProblemCode::Tampered,
         "resume_stale" => ProblemCode::ResumeStale,
+        FORMAT_UNFIT => ProblemCode::FormatUnfit,
         "shutting_down" => ProblemCode::ShuttingDown,
         _ => ProblemCode::Internal,
     };

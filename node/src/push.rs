@@ -24,7 +24,7 @@ use flocker_replication::{
     plan::{self, Direction, Outcome, Plan, Step},
 };
 use flocker_storage::{
-    delta::{Compare, DeltaReader, DeltaRequest, ResumePoint},
+    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
     model::{HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
 use flocker_transport::{BoxError, BulkError, ChunkSource, CloseCode, NO_PROGRESS, Outgoing, OutgoingLimits};
@@ -108,6 +108,10 @@ pub(crate) async fn send(
     }
     // What a transfer reads or builds on is not destroyed underneath it.
     let _pin: Pin = node.pins.pin(lineage.snapshots.iter().map(HeldSnapshot::key));
+    let formats = match job {
+        Some(job) if job.is_portable() => vec![DeltaFormat::tree()],
+        _ => node.driver.capabilities().formats.clone(),
+    };
     let offer = Offer {
         protocol: PROTOCOL,
         transfer: sending.transfer,
@@ -115,7 +119,7 @@ pub(crate) async fn send(
         name: sending.name.clone(),
         lineage: strip(&lineage),
         want: sending.want,
-        formats: node.driver.capabilities().formats.clone(),
+        formats: formats.clone(),
         policy: sending.policy,
         mode: sending.mode,
         sender: node.host(),
@@ -128,7 +132,7 @@ pub(crate) async fn send(
     if let Some(job) = job {
         job.met_peer();
     }
-    let (outcome, steps) = compare(node, sending, &lineage, &answer)?;
+    let (outcome, steps) = compare(node, sending, &lineage, &formats, &answer)?;
     if steps.is_empty() || sending.mode == Mode::DryRun {
         line.send(&Message::Conclude(Box::new(outcome.clone()))).await?;
     } else {
@@ -160,6 +164,7 @@ fn compare(
     node: &Node,
     sending: &Sending,
     lineage: &Lineage,
+    formats: &[DeltaFormat],
     answer: &Answer,
 ) -> Result<(Outcome, Vec<Step>), Failure> {
     let relation = divergence::compare(lineage, &Receiver::from(answer), sending.want)
@@ -171,7 +176,7 @@ fn compare(
         sender: node.host(),
         receiver: answer.receiver.clone(),
     };
-    let planned = plan::plan(lineage, sending.want, relation, &parties, &node.driver.capabilities().formats, answer)
+    let planned = plan::plan(lineage, sending.want, relation, &parties, formats, answer)
         .map_err(|error| problem(409, "no_common_format", problem::chain(&error)))?;
     Ok(match planned {
         Plan::UpToDate(outcome) => (outcome, Vec::new()),
@@ -312,7 +317,7 @@ pub(crate) struct Stream {
     id: Uuid,
     target: SnapshotKey,
     base: Option<SnapshotKey>,
-    format: flocker_storage::delta::DeltaFormat,
+    format: DeltaFormat,
     outgoing: Outgoing,
     source: Option<DeltaSource>,
     parked: Instant,

@@ -19,7 +19,7 @@ use flocker_replication::{
     plan::{Direction, Outcome},
 };
 use flocker_storage::{
-    delta::{Compare, Partial, ReceiveRequest, Receiving, ResumePoint},
+    delta::{Compare, DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
     error::ErrorKind,
     fault,
     model::{
@@ -164,7 +164,7 @@ async fn describe(node: &Node, name: &VolumeName) -> Result<Description, Failure
 
 /// The receiver's story on a stream where an offer has come.
 pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, receipt: Receipt) -> Result<Outcome, Failure> {
-    let (answer, taken) = answer(node, &receipt.offer).await?;
+    let (answer, taken) = answer(node, &receipt).await?;
     let lands_in = answer.lands_in;
     let mut inbound = Inbound::new(&receipt.offer, &answer);
     line.send(&Message::Answer(Box::new(answer))).await?;
@@ -202,7 +202,8 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, receipt: Rece
 }
 
 /// Says what this node holds of what is offered; and whether the name belongs to an unrelated volume.
-async fn answer(node: &Node, offer: &Offer) -> Result<(Answer, bool), Failure> {
+async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failure> {
+    let offer = &receipt.offer;
     let held: Vec<VolumeRecord> = node.catalog.volumes().into_iter().map(|volume| volume.record).collect();
     let binding = binding::bind(&offer.volume, &offer.name, &held);
     let lands_in = binding.lands_in();
@@ -220,7 +221,10 @@ async fn answer(node: &Node, offer: &Offer) -> Result<(Answer, bool), Failure> {
         lineage: strip(&lineage),
         head,
         elsewhere: node.catalog.elsewhere(&offered, lands_in),
-        formats: node.driver.capabilities().formats.clone(),
+        formats: match &receipt.job {
+            Some(job) if job.is_portable() => vec![DeltaFormat::tree()],
+            _ => node.driver.capabilities().reads.clone(),
+        },
         partial: if node.inbox.is_parked(lands_in) {
             None
         } else {
@@ -258,7 +262,15 @@ async fn receive_step(
         None => open_receive(node, receipt, volume, begin).await?,
     };
     line.send(&Message::StepReady(StepReady { step: begin.step, start: open.start.clone() })).await?;
-    let link = line.connection.accept_bulk(u64::from(begin.step)).await;
+    let link = tokio::select! {
+        biased;
+        link = line.connection.accept_bulk(u64::from(begin.step)) => link,
+        // What keeps the sender from opening the stream.
+        said = line.exchange.recv_within::<Message>(COMMIT_TIMEOUT) => match said {
+            Err(error) => Err(error),
+            Ok(said) => return Err(instead_of_bytes(line, said)),
+        },
+    };
     let link = match link {
         Ok(link) => link,
         Err(error) => {
@@ -295,6 +307,14 @@ async fn receive_step(
     fault::point("node.receive.before-step-done");
     line.send(&Message::StepDone(Box::new(StepDone { step: begin.step, held: held.clone() }))).await?;
     Ok(held)
+}
+
+/// What a sender said that did not send.
+fn instead_of_bytes(line: &Line<'_>, said: Message) -> Failure {
+    match line.understand(said) {
+        Ok(other) => line.broke(format!("{} instead of a delta", other.kind())).into(),
+        Err(failure) => failure,
+    }
 }
 
 async fn refuse(line: &mut Line<'_>, said: Problem) -> Failure {
@@ -411,6 +431,14 @@ async fn receive_failed(
         BulkError::Interrupted(error) => {
             let cancelled = receipt.job.as_ref().is_some_and(|job| job.cancel.is_cancelled())
                 || matches!(error.kind, LinkErrorKind::ClosedByPeer { code: CloseCode::Cancelled, .. });
+            if matches!(error.kind, LinkErrorKind::StreamReset(CloseCode::Failed)) {
+                // The sender gave up, and says why.
+                drop(open);
+                return match line.recv(NO_PROGRESS).await {
+                    Err(failure) => failure,
+                    Ok(other) => instead_of_bytes(line, other),
+                };
+            }
             let failure = line.failed(error);
             if !cancelled {
                 node.inbox.park(volume, receipt.offer.transfer, begin, open);

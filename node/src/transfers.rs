@@ -11,12 +11,16 @@
 //! | no progress for [`PATIENCE`] | failed | nothing |
 //! | the daemon stops or dies | interrupted | goes on at the next start |
 //! | the same is asked for again while it is interrupted | running | an attempt at once |
+//! | a format of the drivers' own does not fit | running | an attempt at once, in the portable format |
 //! | a final error | failed | nothing |
 //! | histories that do not fit | refused | nothing |
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -33,7 +37,7 @@ use uuid::Uuid;
 use crate::{
     api::types::{ApiProblem, Direction, StartTransfer, TransferProgress, TransferResource, TransferState},
     daemon::Node,
-    problem::{Result, chain, problem},
+    problem::{FORMAT_UNFIT, Result, chain, problem},
     state::State,
 };
 
@@ -75,6 +79,8 @@ pub(crate) struct Job {
     pub(crate) direction: Direction,
     /// Cancelled by a user.
     pub(crate) cancel: CancellationToken,
+    /// A format of the drivers' own did not fit: what is left goes in the portable one.
+    portable: AtomicBool,
     /// Asked for again: no more pause.
     poke: Notify,
     status: Mutex<Status>,
@@ -102,6 +108,7 @@ impl Job {
             direction: resource.direction,
             request,
             cancel: CancellationToken::new(),
+            portable: AtomicBool::new(false),
             poke: Notify::new(),
             status: Mutex::new(Status {
                 // A transfer found in the database had met its peer, or could not have been interrupted.
@@ -118,6 +125,11 @@ impl Job {
 
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells whether the portable format alone is to be used.
+    pub(crate) fn is_portable(&self) -> bool {
+        self.portable.load(Ordering::Relaxed)
     }
 
     /// Shows the transfer as the API does.
@@ -370,6 +382,10 @@ impl Node {
             }
             if self.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Interrupted, Some(failure.problem)).await;
+            }
+            if failure.problem.code.ends_with(FORMAT_UNFIT) && !job.portable.swap(true, Ordering::Relaxed) {
+                tracing::info!(transfer = %job.id, volume = %job.volume, peer = %job.request.peer, "going on in the portable format: {}", failure.problem);
+                continue;
             }
             let (met_peer, idle) = {
                 let status = job.status();

@@ -64,8 +64,8 @@ pub enum ProblemCode {
     Cancelled,
     /// 21: no progress for too long. Facts: `waited_ms`.
     TimedOut,
-    /// 22: not used yet.
-    Reserved22,
+    /// 22: the step cannot travel in this format; in the portable one it can. Facts: `why`.
+    FormatUnfit,
     /// 23: not used yet.
     Reserved23,
     /// 24: not used yet.
@@ -167,7 +167,10 @@ impl Problem {
             }
             ProblemCode::Cancelled => "the transfer was cancelled".to_owned(),
             ProblemCode::TimedOut => format!("there was no progress{}", known("waited_ms", " for milliseconds: ")),
-            ProblemCode::Reserved22 | ProblemCode::Reserved23 | ProblemCode::Reserved24 | ProblemCode::Reserved25 => {
+            ProblemCode::FormatUnfit => {
+                format!("the delta's format does not fit what the node holds{}", known("why", ": "))
+            }
+            ProblemCode::Reserved23 | ProblemCode::Reserved24 | ProblemCode::Reserved25 => {
                 "a problem that this version does not know".to_owned()
             }
         }

@@ -163,7 +163,7 @@ fn every_problem_code_keeps_its_number() {
         (ProblemCode::LimitExceeded, "limit-exceeded"),
         (ProblemCode::Cancelled, "cancelled"),
         (ProblemCode::TimedOut, "timed-out"),
-        (ProblemCode::Reserved22, "reserved22"),
+        (ProblemCode::FormatUnfit, "format-unfit"),
         (ProblemCode::Reserved23, "reserved23"),
         (ProblemCode::Reserved24, "reserved24"),
         (ProblemCode::Reserved25, "reserved25"),

@@ -258,7 +258,7 @@ pub(crate) async fn take_in(driver: &dyn Driver, request: ReceiveRequest, chunks
 
 /// Lists the formats that both know, best first by the sender.
 pub(crate) fn common_formats(sender: &dyn Driver, receiver: &dyn Driver) -> Vec<DeltaFormat> {
-    let theirs = &receiver.capabilities().formats;
+    let theirs = &receiver.capabilities().reads;
     sender.capabilities().formats.iter().filter(|format| theirs.contains(format)).cloned().collect()
 }
 

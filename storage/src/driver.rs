@@ -80,8 +80,10 @@ pub struct Capabilities {
     pub driver: String,
     /// Where the pool is, as the user wrote it.
     pub pool: String,
-    /// Delta formats, best first; the portable one is always last.
+    /// Delta formats it writes, best first; the portable one is always last.
     pub formats: Vec<DeltaFormat>,
+    /// Delta formats it reads; the portable one always.
+    pub reads: Vec<DeltaFormat>,
     /// Whether snapshots of several volumes in one call are of one moment.
     pub group_atomic: bool,
     /// Whether the driver can hold a volume to a quota.

@@ -74,6 +74,10 @@ pub enum ErrorKind {
     /// The resume point does not fit what is here; start the step from its beginning.
     #[error("the resume point does not fit: {0}")]
     ResumeStale(String),
+    /// This delta cannot travel in this format, for instance because the receiver's copy of the base came in another
+    /// one; the same step in the portable format ([`TREE_FORMAT`](crate::delta::TREE_FORMAT)) can.
+    #[error("the delta format does not fit here: {0}")]
+    FormatUnfit(String),
     /// This driver cannot do it.
     #[error("the driver cannot do this: {0}")]
     Unsupported(String),

@@ -394,6 +394,7 @@ fn probe(spec: &PoolSpec, root: &Path) -> Result<Capabilities> {
     Ok(Capabilities {
         driver: super::NAME.to_owned(),
         pool: spec.to_string(),
+        reads: formats.clone(),
         formats,
         group_atomic: false,
         quota,

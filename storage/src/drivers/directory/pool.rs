@@ -383,6 +383,7 @@ fn probe(spec: &PoolSpec, root: &Path) -> Result<Capabilities> {
         driver: super::NAME.to_owned(),
         pool: spec.to_string(),
         formats: vec![DeltaFormat::tree()],
+        reads: vec![DeltaFormat::tree()],
         group_atomic: false,
         quota: false,
         facts,
