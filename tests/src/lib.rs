@@ -19,9 +19,11 @@ pub mod proxy;
 pub mod scratch;
 pub mod tree;
 pub mod wait;
+pub mod zfs;
 
 pub use command::{Output, Running, flocker_binary};
 pub use needs::require;
 pub use node::{Cluster, Node, Options};
 pub use scratch::Scratch;
 pub use wait::{LONG, SHORT, wait_until};
+pub use zfs::ZfsHost;

@@ -1,6 +1,7 @@
 //! What a machine must have for a test, skipped loudly where it lacks it.
 //!
-//! `FLOCKER_REQUIRE` names what must not be skipped (CI names all): `root,xfs,btrfs,ext4,postgres,ssh,rsync,fault-points`.
+//! `FLOCKER_REQUIRE` names what must not be skipped (CI names all): `root,xfs,btrfs,ext4,zfs-fuse,postgres,ssh,rsync,…`.
+//! `openzfs` is there in the test machine (tests/vm) only, where `./test vm` demands it.
 
 use std::{env, path::Path, process::Command};
 
@@ -53,6 +54,11 @@ fn lack_of(need: &str) -> Option<String> {
         "postgres" => lack_of("root").or_else(|| {
             (postgres_bin().is_none() || user("postgres").is_none()).then(|| "PostgreSQL is not installed".to_owned())
         }),
+        "zfs-fuse" => lack_of("root")
+            .or_else(|| without("zfs-fuse"))
+            .or_else(|| without("nsenter"))
+            .or_else(|| (!Path::new("/dev/fuse").exists()).then(|| "there is no /dev/fuse".to_owned())),
+        "openzfs" => (!crate::zfs::has_openzfs()).then(|| "this is not the test machine of tests/vm".to_owned()),
         "setpriv" => without("setpriv"),
         "ssh" => without("sshd").or_else(|| without("ssh-keygen")),
         "rsync" => without("rsync"),

@@ -6,7 +6,10 @@ use std::{
     os::unix::fs::{OpenOptionsExt, chown},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU16, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,6 +21,7 @@ use crate::{
     needs,
     scratch::Scratch,
     wait::{LONG, SHORT, wait_until},
+    zfs::ZfsHost,
 };
 
 /// How a node is made.
@@ -31,6 +35,8 @@ pub struct Options {
     pub listen: Option<SocketAddr>,
     /// The user it runs as; the test's own when left out. Needs root and setpriv.
     pub user: Option<&'static str>,
+    /// The host with ZFS that it runs on; the machine itself when left out.
+    pub host: Option<Arc<ZfsHost>>,
 }
 
 /// One node. Its daemon is killed when it is dropped.
@@ -244,14 +250,19 @@ impl Node {
     #[track_caller]
     pub fn mount(&self, volume: &str) -> PathBuf {
         let mounted = self.cli(&["mount", volume]).ok().json();
-        PathBuf::from(mounted["path"].as_str().expect("a mount has a path"))
+        self.seen(mounted["path"].as_str().expect("a mount has a path"))
     }
 
     /// Mounts a volume read-only at its own place and returns where.
     #[track_caller]
     pub fn mount_to_read(&self, volume: &str) -> PathBuf {
         let mounted = self.cli(&["mount", volume, "--read-only"]).ok().json();
-        PathBuf::from(mounted["path"].as_str().expect("a mount has a path"))
+        self.seen(mounted["path"].as_str().expect("a mount has a path"))
+    }
+
+    /// Returns where a path that the node speaks of is found by the test.
+    pub fn seen(&self, path: &str) -> PathBuf {
+        self.options.host.as_ref().map_or_else(|| PathBuf::from(path), |host| host.seen(Path::new(path)))
     }
 
     /// Pushes and returns the finished transfer.
@@ -307,9 +318,13 @@ impl Node {
     }
 
     fn command(&self) -> Command {
+        let call = |program: &Path| match &self.options.host {
+            Some(host) => host.command(program),
+            None => Command::new(program),
+        };
         let mut command = match needs::program("setpriv") {
             Some(setpriv) => {
-                let mut command = Command::new(setpriv);
+                let mut command = call(&setpriv);
                 command.args(["--pdeathsig", "KILL"]);
                 if let Some(user) = self.options.user {
                     let (uid, gid) = needs::user(user).expect("the user is there");
@@ -318,7 +333,7 @@ impl Node {
                 command.arg(&self.binary);
                 command
             }
-            None => Command::new(&self.binary),
+            None => call(&self.binary),
         };
         clean(&mut command);
         command.arg("--state").arg(&self.state);
