@@ -379,6 +379,9 @@ pub(crate) fn transfer(transfer: &TransferResource, now: Timestamp) -> String {
         ("started", Some(exact(transfer.started, now))),
         ("finished", transfer.finished.map(|finished| exact(finished, now))),
     ]);
+    for warning in &transfer.warnings {
+        text.push_str(&format!("{:12} {}: {}\n", "warning:", warning.path, warning.what));
+    }
     if let Some(refusal) = &transfer.refusal {
         text.push_str(&format!("\n{}\n", refusal.trim_end()));
     }

@@ -3,17 +3,17 @@
 //! Owns the check of every message that comes in. Refuses to know what the messages mean. Neighbours: [`crate::push`] and
 //! [`crate::receive`], the two sides of each conversation.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use flocker_replication::message::{Message, Problem};
-use flocker_storage::model::NodeName;
+use flocker_storage::{driver::Finding, model::NodeName};
 use flocker_transport::{CloseCode, Connection, Exchange, NO_PROGRESS};
 
 use crate::{
     api::types::ApiProblem,
     peers::link_problem,
     problem::{self, problem},
-    transfers::Failure,
+    transfers::{Failure, Job},
 };
 
 /// A conversation with a peer: its name for errors, the connection and the control stream.
@@ -63,6 +63,35 @@ impl<'a> Line<'a> {
                 Err(Failure { transient: said.is_transient(), problem: problem::from_peer(&self.peer, &said) })
             }
             message => Ok(message),
+        }
+    }
+
+    /// Lets the user know, where the transfer was started: at this node, which has a job then, or at the peer.
+    pub(crate) async fn remark(&mut self, job: Option<&Arc<Job>>, findings: Vec<Finding>) -> Result<(), Failure> {
+        match job {
+            _ if findings.is_empty() => Ok(()),
+            Some(job) => {
+                job.warn(findings);
+                Ok(())
+            }
+            None => self.send(&Message::remarks(findings)).await,
+        }
+    }
+
+    /// Receives a message that is in order where the peer's remarks may come before it.
+    pub(crate) async fn recv_behind_remarks(
+        &mut self,
+        job: Option<&Arc<Job>>,
+        wait: Duration,
+    ) -> Result<Message, Failure> {
+        match self.recv(wait).await? {
+            Message::Remarks(remarks) => {
+                if let Some(job) = job {
+                    job.warn(remarks);
+                }
+                self.recv(wait).await
+            }
+            other => Ok(other),
         }
     }
 

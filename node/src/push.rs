@@ -239,10 +239,11 @@ async fn send_step(
     if let Err(error) = sent {
         return Err(step_failed(node, line, sending, job, stream, error).await);
     }
-    match line.recv(COMMIT_TIMEOUT).await? {
+    let findings = source.0.take_findings();
+    match line.recv_behind_remarks(job, COMMIT_TIMEOUT).await? {
         Message::StepDone(done) if done.step == number && done.held.snapshot.id == target => {
             note_done(job);
-            Ok(())
+            line.remark(job, findings).await
         }
         other => Err(line.broke(format!("{} instead of the end of step {number}", other.kind())).into()),
     }

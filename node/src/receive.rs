@@ -171,7 +171,7 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, receipt: Rece
     let mut claim: Option<Claim> = None;
     let mut last = None;
     loop {
-        match line.recv(COMMIT_TIMEOUT).await? {
+        match line.recv_behind_remarks(receipt.job.as_ref(), COMMIT_TIMEOUT).await? {
             Message::BeginStep(begin) => {
                 if taken || receipt.offer.mode == Mode::DryRun {
                     return Err(line.broke("it sends what it must not").into());
@@ -300,7 +300,9 @@ async fn receive_step(
     if let Err(error) = received {
         return Err(receive_failed(node, line, receipt, volume, begin, open, error).await);
     }
+    let findings = open.receiving.take_findings();
     let held = publish(node, receipt, volume, begin.base, open.receiving).await?;
+    line.remark(receipt.job.as_ref(), findings).await?;
     if let Some(job) = &receipt.job {
         job.step_done();
     }

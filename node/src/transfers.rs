@@ -28,7 +28,7 @@ use flocker_replication::{
     message::DivergencePolicy,
     plan::{Outcome, Verdict},
 };
-use flocker_storage::model::VolumeName;
+use flocker_storage::{driver::Finding, model::VolumeName};
 use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +49,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const PATIENCE: Duration = Duration::from_secs(6 * 3600);
 /// How many finished transfers are remembered.
 const FINISHED_KEPT: usize = 200;
+/// How many warnings one transfer keeps.
+const WARNINGS_LIMIT: usize = 100;
 /// The stretch of time that the rate is taken over.
 const RATE_WINDOW: Duration = Duration::from_secs(3);
 
@@ -202,6 +204,18 @@ impl Job {
         status.earlier = (status.resource.progress.delta_bytes, status.resource.progress.wire_bytes);
     }
 
+    /// Notes what the user should know. The same is noted once, however many snapshots it is true of.
+    pub(crate) fn warn(&self, findings: Vec<Finding>) {
+        let mut status = self.status();
+        let warnings = &mut status.resource.warnings;
+        for finding in findings {
+            if warnings.len() < WARNINGS_LIMIT && !warnings.contains(&finding) {
+                tracing::warn!(transfer = %self.id, volume = %self.volume, path = finding.path, "{}", finding.what);
+                warnings.push(finding);
+            }
+        }
+    }
+
     /// Notes a step that arrived.
     pub(crate) fn step_done(&self) {
         self.stream_over();
@@ -330,6 +344,7 @@ impl Node {
             refusal: None,
             progress: TransferProgress::default(),
             problem: None,
+            warnings: Vec::new(),
             started: Timestamp::now(),
             finished: None,
         };
@@ -384,7 +399,8 @@ impl Node {
                 return self.end_transfer(&job, TransferState::Interrupted, Some(failure.problem)).await;
             }
             if failure.problem.code.ends_with(FORMAT_UNFIT) && !job.portable.swap(true, Ordering::Relaxed) {
-                tracing::info!(transfer = %job.id, volume = %job.volume, peer = %job.request.peer, "going on in the portable format: {}", failure.problem);
+                let what = format!("what is left is sent in the portable format: {}", failure.problem);
+                job.warn(vec![Finding { path: ".".to_owned(), what }]);
                 continue;
             }
             let (met_peer, idle) = {

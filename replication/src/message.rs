@@ -11,6 +11,7 @@
 //! | opener, to pull | [`PullRequest`] | [`Offer`], and is the sender from here on; the opener sends [`Answer`] |
 //! | opener, to look | [`Describe`] | [`Description`], the end |
 //! | sender, per step | [`BeginStep`] | [`StepReady`]; then the bytes flow on the bulk lanes; then [`StepDone`] |
+//! | whoever did not start the transfer, once a step's bytes have flowed | [`Message::Remarks`] | nothing |
 //! | sender, at the end | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
 
@@ -18,6 +19,7 @@ use std::{collections::BTreeSet, fmt, str::FromStr};
 
 use flocker_storage::{
     delta::{DeltaFormat, Partial, RESUME_POINT_LIMIT, ResumePoint},
+    driver::Finding,
     model::{
         HeadState, HeldSnapshot, Host, Lineage, ParseError, Snapshot, SnapshotId, SnapshotKey, SnapshotName, VolumeId,
         VolumeName, VolumeRecord, check_metadata,
@@ -44,6 +46,10 @@ pub const FORMATS_LIMIT: usize = 32;
 pub const FORMAT_NAME_LIMIT: usize = 64;
 /// The most parents a snapshot may have: two, after a merge.
 pub const PARENTS_LIMIT: usize = 2;
+/// The most remarks about one step, and the longest path or text in one, in bytes.
+pub const REMARKS_LIMIT: usize = 100;
+/// See [`REMARKS_LIMIT`].
+pub const REMARK_LIMIT: usize = 4096;
 /// The longest path in [`Answer::mounted`], in bytes (Linux' PATH_MAX).
 pub const PATH_LIMIT: usize = 4096;
 /// The largest encoded message, in bytes: a lineage of [`LINEAGE_LIMIT`] snapshots with the longest names fits.
@@ -76,8 +82,8 @@ pub enum Message {
     Finished,
     /// 11: the exchange is over because of a problem.
     Problem(Problem),
-    /// 12: not used yet; refused.
-    Reserved12,
+    /// 12: what the user who started the transfer should know of a step; [`Message::remarks`] makes it.
+    Remarks(Vec<Finding>),
     /// 13: not used yet; refused.
     Reserved13,
     /// 14: not used yet; refused.
@@ -321,6 +327,16 @@ pub struct Violation {
 }
 
 impl Message {
+    /// Makes [`Message::Remarks`] of the first [`REMARKS_LIMIT`] findings, each cut to [`REMARK_LIMIT`] bytes.
+    pub fn remarks(findings: Vec<Finding>) -> Self {
+        let cut = |mut text: String| {
+            text.truncate(text.floor_char_boundary(REMARK_LIMIT));
+            text
+        };
+        let findings = findings.into_iter().take(REMARKS_LIMIT);
+        Self::Remarks(findings.map(|finding| Finding { path: cut(finding.path), what: cut(finding.what) }).collect())
+    }
+
     /// Returns the message's kind, for logs.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -336,7 +352,8 @@ impl Message {
             Self::Finish => "Finish",
             Self::Finished => "Finished",
             Self::Problem(_) => "Problem",
-            Self::Reserved12 | Self::Reserved13 | Self::Reserved14 | Self::Reserved15 => "reserved message",
+            Self::Remarks(_) => "Remarks",
+            Self::Reserved13 | Self::Reserved14 | Self::Reserved15 => "reserved message",
         }
     }
 
@@ -353,12 +370,21 @@ impl Message {
             Self::Conclude(outcome) => outcome.check(),
             Self::Problem(problem) => problem.check(),
             Self::PullRequest(_) | Self::Describe(_) | Self::StepReady(_) | Self::Finish | Self::Finished => Ok(()),
-            Self::Reserved12 | Self::Reserved13 | Self::Reserved14 | Self::Reserved15 => {
+            Self::Remarks(remarks) => check_remarks(remarks),
+            Self::Reserved13 | Self::Reserved14 | Self::Reserved15 => {
                 Err("this version knows no such message".to_owned())
             }
         };
         checked.map_err(|rule| Violation { message: self.kind(), rule })
     }
+}
+
+fn check_remarks(remarks: &[Finding]) -> Result<(), String> {
+    let longest = remarks.iter().map(|remark| remark.path.len().max(remark.what.len())).max().unwrap_or(0);
+    demand(remarks.len() <= REMARKS_LIMIT, || {
+        format!("it has {} remarks, {REMARKS_LIMIT} are allowed", remarks.len())
+    })?;
+    demand(longest <= REMARK_LIMIT, || format!("a remark has {longest} bytes, {REMARK_LIMIT} are allowed"))
 }
 
 fn check_offer(offer: &Offer) -> Result<(), String> {

@@ -10,6 +10,7 @@ use flocker_replication::{
 };
 use flocker_storage::{
     delta::{DeltaFormat, Partial, RESUME_POINT_LIMIT, ResumePoint},
+    driver::Finding,
     model::*,
 };
 use proptest::prelude::*;
@@ -116,7 +117,8 @@ fn messages() -> Vec<Message> {
     ];
     all.extend(verdicts().map(|verdict| Message::Conclude(Box::new(outcome(verdict)))));
     all.extend([Message::Finish, Message::Finished, Message::Problem(problem)]);
-    all.extend([Message::Reserved12, Message::Reserved13, Message::Reserved14, Message::Reserved15]);
+    all.push(Message::Remarks(vec![Finding { path: "run/s".to_owned(), what: "a socket".to_owned() }]));
+    all.extend([Message::Reserved13, Message::Reserved14, Message::Reserved15]);
     all
 }
 
@@ -202,6 +204,10 @@ fn what_breaks_a_limit_is_refused() {
     let long = ResumePoint(vec![0; RESUME_POINT_LIMIT + 1].into());
     assert!(rule(Message::StepReady(StepReady { step: 0, start: StepStart::Point(long) })).contains("resume point"));
     assert!(rule(Message::Reserved13).contains("no such message"));
+    let finding = Finding { path: "ä".repeat(REMARK_LIMIT), what: String::new() };
+    assert!(rule(Message::Remarks(vec![finding.clone()])).contains("8192 bytes"));
+    let cut = Message::remarks(vec![finding; REMARKS_LIMIT + 1]);
+    assert!(cut.validate().is_ok() && matches!(&cut, Message::Remarks(remarks) if remarks.len() == REMARKS_LIMIT));
     let kept = messages().into_iter().filter(|message| message.kind() != "reserved message");
     assert!(kept.into_iter().all(|message| message.validate().is_ok()));
 }

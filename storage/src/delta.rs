@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    driver::Finding,
     error::Result,
     model::{HeldSnapshot, Snapshot, SnapshotKey, VolumeId, VolumeRecord},
 };
@@ -73,6 +74,11 @@ pub struct DeltaRequest {
 pub trait DeltaReader: Send {
     /// Returns the next chunk, `None` at the end. Dropping the future loses nothing; dropping the reader ends its work.
     async fn next(&mut self) -> Result<Option<Bytes>>;
+    /// Takes out what the user should know of this delta: a base that could not be used, a socket left out. Complete once
+    /// [`DeltaReader::next`] has returned `None`.
+    fn take_findings(&mut self) -> Vec<Finding> {
+        Vec::new()
+    }
 }
 
 /// Asks a driver to take in a delta.
@@ -98,6 +104,10 @@ pub trait Receiving: Send {
     /// Takes the next bytes of the stream, cut anywhere. An error leaves the old lineage as it was; the caller drops
     /// the value.
     async fn write(&mut self, chunk: Bytes) -> Result<()>;
+    /// Takes out what the user should know of what has arrived: an owner that could not be set. Asked for before `commit`.
+    fn take_findings(&mut self) -> Vec<Finding> {
+        Vec::new()
+    }
     /// Checks that the stream is complete, makes it durable and publishes the snapshot by one atomic step.
     async fn commit(self: Box<Self>) -> Result<HeldSnapshot>;
     /// Keeps what has arrived, durably, for a later receive. `None` when nothing of it can be kept; then it is discarded.

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use flocker_node::api::{
-    client::{SnapshotRef, VolumeName},
+    client::{Finding, SnapshotRef, VolumeName},
     types::{CloneSnapshot, CreateSnapshot, Newer, Rollback},
 };
 use jiff::Timestamp;
@@ -71,13 +71,18 @@ impl Session<'_> {
         let unchanged = if taken.unchanged { ", unchanged since the one before" } else { "" };
         let size = human_bytes(taken.logical_bytes);
         self.output.talk(&format!("took snapshot {volume}@{} ({size}{unchanged})", taken.name));
-        for finding in taken.warnings.iter().take(FINDINGS_TOLD) {
+        self.tell_warnings(&taken.warnings);
+        Ok(())
+    }
+
+    /// Tells what the user should know of something that was done.
+    pub(super) fn tell_warnings(&self, warnings: &[Finding]) {
+        for finding in warnings.iter().take(FINDINGS_TOLD) {
             self.output.talk(&format!("warning: {}: {}", finding.path, finding.what));
         }
-        if let Some(more) = taken.warnings.len().checked_sub(FINDINGS_TOLD).filter(|more| *more > 0) {
+        if let Some(more) = warnings.len().checked_sub(FINDINGS_TOLD).filter(|more| *more > 0) {
             self.output.talk(&format!("warning: and {more} more; --output json lists them"));
         }
-        Ok(())
     }
 
     pub(super) async fn snapshots(&self, volume: &VolumeName) -> anyhow::Result<()> {

@@ -122,6 +122,7 @@ impl Session<'_> {
     /// Tells how a transfer ended, and turns it into an exit code.
     fn conclude(&self, transfer: &TransferResource) -> anyhow::Result<Exit> {
         self.output.item(transfer, String::new)?;
+        self.tell_warnings(&transfer.warnings);
         match transfer.state {
             TransferState::Done => {
                 self.output.talk(&progress::end_line(transfer));

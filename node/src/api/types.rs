@@ -279,6 +279,9 @@ pub struct TransferResource {
     pub progress: TransferProgress,
     /// Why it failed or was interrupted.
     pub problem: Option<ApiProblem>,
+    /// What the user should know: sockets left out, a snapshot that had to be sent in full.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Finding>,
     /// When it was asked for.
     pub started: Timestamp,
     /// When it came to an end.

@@ -8,7 +8,7 @@ use std::{
     io::{self, Read},
     process::ChildStdout,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -27,6 +27,7 @@ use super::{
 use crate::{
     command::Running,
     delta::{DeltaFormat, DeltaReader, DeltaRequest},
+    driver::Finding,
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
     tree::{
@@ -78,6 +79,7 @@ pub(super) struct Sending {
     stdout: ChildStdout,
     /// What was read of it already, and the preamble.
     first: Vec<u8>,
+    findings: Vec<Finding>,
 }
 
 impl Pool {
@@ -98,19 +100,17 @@ impl Pool {
             return Err(Error::new(OPERATION, object, ErrorKind::ResumeStale(why)));
         }
         self.refuse_tampered(OPERATION, request.target)?;
-        let base = match request.base {
-            None => None,
-            Some(base) => match self.tampering(OPERATION, base)? {
-                None => Some(base),
-                Some(what) => {
-                    // What was written to the base here is not in the base there, and the kernel would not notice.
-                    tracing::warn!(snapshot = %base.snapshot, what, "the base of a delta was changed after it was \
-                        taken; the target is sent in full");
-                    None
-                }
-            },
-        };
-        self.start_sending(version, base, request.target).map(Source::Kernel)
+        let changed = request.base.map_or(Ok(None), |base| self.tampering(OPERATION, base))?;
+        // What was written to the base here is not in the base there, and the kernel would not notice.
+        let base = request.base.filter(|_| changed.is_none());
+        let mut sending = self.start_sending(version, base, request.target)?;
+        if let (Some(what), Some(base)) = (changed, request.base) {
+            let name = |key| Ok(self.stored(OPERATION, key)?.snapshot.name);
+            let (base, target) = (name(base)?, name(request.target)?);
+            let what = format!("snapshot {target} is sent in full: {base}, which it builds on, was changed ({what})");
+            sending.findings.push(Finding { path: ".".to_owned(), what });
+        }
+        Ok(Source::Kernel(sending))
     }
 
     /// Opens one side of a delta. A snapshot that somebody changed is not sent.
@@ -154,7 +154,7 @@ impl Pool {
             let what = "it, or the base of the delta, was changed while it was opened".to_owned();
             return Err(failed(ErrorKind::Tampered { path: ".".into(), what }));
         }
-        Ok(Sending { running: Arc::new(running), stdout, first })
+        Ok(Sending { running: Arc::new(running), stdout, first, findings: Vec::new() })
     }
 }
 
@@ -197,6 +197,7 @@ enum Stopper {
 /// Hands out what the blocking thread reads. Dropping it ends the thread.
 pub(super) struct BtrfsDeltaReader {
     chunks: mpsc::Receiver<Result<Option<Bytes>>>,
+    findings: Arc<Mutex<Vec<Finding>>>,
     stop: Stopper,
     ended: bool,
 }
@@ -219,6 +220,8 @@ impl BtrfsDeltaReader {
             Source::Kernel(sending) => Stopper::Program(Arc::clone(&sending.running)),
         };
         let (sender, chunks) = mpsc::channel(CHUNKS_AHEAD);
+        let findings = Arc::<Mutex<Vec<Finding>>>::default();
+        let found = Arc::clone(&findings);
         tokio::task::spawn_blocking(move || {
             loop {
                 let chunk = match &mut source {
@@ -226,6 +229,13 @@ impl BtrfsDeltaReader {
                     Source::Kernel(sending) => sending.next_chunk(),
                 };
                 let last = !matches!(chunk, Ok(Some(_)));
+                if last {
+                    let mut all = match &mut source {
+                        Source::Trees(writer) => writer.take_findings(),
+                        Source::Kernel(sending) => std::mem::take(&mut sending.findings),
+                    };
+                    found.lock().unwrap_or_else(PoisonError::into_inner).append(&mut all);
+                }
                 if sender.blocking_send(chunk).is_err() || last {
                     break;
                 }
@@ -233,7 +243,7 @@ impl BtrfsDeltaReader {
             drop(source);
             drop(pool);
         });
-        Self { chunks, stop, ended: false }
+        Self { chunks, findings, stop, ended: false }
     }
 }
 
@@ -249,6 +259,10 @@ impl DeltaReader for BtrfsDeltaReader {
         });
         self.ended = !matches!(next, Ok(Some(_)));
         next
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        std::mem::take(&mut self.findings.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

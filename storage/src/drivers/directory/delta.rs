@@ -1,7 +1,7 @@
 //! Reading a delta: a blocking thread writes it, a bounded channel hands it out.
 
 use std::sync::{
-    Arc,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
 
@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::pool::Pool;
 use crate::{
     delta::{DeltaFormat, DeltaReader, DeltaRequest},
+    driver::Finding,
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
     tree::{
@@ -50,6 +51,7 @@ impl Pool {
 /// Hands out what the blocking thread writes. Dropping it ends the thread.
 pub(super) struct DirectoryDeltaReader {
     chunks: mpsc::Receiver<Result<Option<Bytes>>>,
+    findings: Arc<Mutex<Vec<Finding>>>,
     stop: Arc<AtomicBool>,
     ended: bool,
 }
@@ -65,17 +67,22 @@ impl DirectoryDeltaReader {
     pub(super) fn start(pool: Arc<Pool>, mut writer: DeltaWriter) -> Self {
         let stop = writer.stopper();
         let (sender, chunks) = mpsc::channel(CHUNKS_AHEAD);
+        let findings = Arc::<Mutex<Vec<Finding>>>::default();
+        let found = Arc::clone(&findings);
         tokio::task::spawn_blocking(move || {
             loop {
                 let chunk = writer.next_chunk();
                 let last = !matches!(chunk, Ok(Some(_)));
+                if last {
+                    found.lock().unwrap_or_else(PoisonError::into_inner).append(&mut writer.take_findings());
+                }
                 if sender.blocking_send(chunk).is_err() || last {
                     break;
                 }
             }
             drop(pool);
         });
-        Self { chunks, stop, ended: false }
+        Self { chunks, findings, stop, ended: false }
     }
 }
 
@@ -91,5 +98,9 @@ impl DeltaReader for DirectoryDeltaReader {
         });
         self.ended = !matches!(next, Ok(Some(_)));
         next
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        std::mem::take(&mut self.findings.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
