@@ -16,3 +16,4 @@ pub mod negotiate;
 pub mod plan;
 pub mod problem;
 pub mod refusal;
+pub mod resolution;

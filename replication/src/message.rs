@@ -12,7 +12,9 @@
 //! | opener, to look | [`Describe`] | [`Description`], the end |
 //! | sender, per step | [`BeginStep`] | [`StepReady`]; then the bytes flow on the bulk lanes; then [`StepDone`] |
 //! | whoever did not start the transfer, once a step's bytes have flowed | [`Message::Remarks`] | nothing |
-//! | sender, at the end | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end |
+//! | sender, where histories have gone apart and the policy says so | [`Message::Resolve`] | [`Answer`] for the volume that the history lands in instead; or [`Message::Resolved`], the end |
+//! | sender, at the end | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end; [`Message::Resolved`] after a `Resolve` |
+//! | opener, to hand over | [`TakeOver`] | [`TakenOver`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
 
 use std::{collections::BTreeSet, fmt, str::FromStr};
@@ -28,7 +30,7 @@ use flocker_storage::{
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::plan::Outcome;
+use crate::{plan::Outcome, resolution::Resolution};
 pub use crate::problem::{Problem, ProblemCode};
 
 /// The protocol's revision within ALPN `flocker/1`. A peer that speaks another one is refused with
@@ -84,12 +86,38 @@ pub enum Message {
     Problem(Problem),
     /// 12: what the user who started the transfer should know of a step; [`Message::remarks`] makes it.
     Remarks(Vec<Finding>),
-    /// 13: not used yet; refused.
-    Reserved13,
-    /// 14: not used yet; refused.
-    Reserved14,
-    /// 15: not used yet; refused.
-    Reserved15,
+    /// 13: the sender asks the receiver to resolve by [`Offer::policy`] what the comparison gave.
+    Resolve(Box<Outcome>),
+    /// 14: the receiver has done so; ends the exchange in place of [`Message::Finished`].
+    Resolved(Box<Resolution>),
+    /// 15: the primary asks a replica to be the primary from now on.
+    TakeOver(Box<TakeOver>),
+    /// 16: it is.
+    TakenOver(TakenOver),
+}
+
+/// Hands a volume over. The sender has stopped writing and will not write again unless this is refused.
+///
+/// Asking again for what was done already is answered in the same way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeOver {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// The volume's name on the peer.
+    pub name: VolumeName,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The newest snapshot, which the peer must hold as its newest.
+    pub tip: SnapshotId,
+    /// The epoch that begins.
+    pub epoch: u64,
+}
+
+/// The volume is writable on the peer now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenOver {
+    /// The epoch that has begun.
+    pub epoch: u64,
 }
 
 /// What a sender has and what it wants the receiver to have.
@@ -251,7 +279,7 @@ pub struct StepDone {
     pub held: HeldSnapshot,
 }
 
-/// What shall happen when the histories have gone apart. Only [`DivergencePolicy::Refuse`] is acted on so far.
+/// What shall happen when the histories have gone apart; [`crate::resolution::way`] is the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DivergencePolicy {
@@ -353,7 +381,10 @@ impl Message {
             Self::Finished => "Finished",
             Self::Problem(_) => "Problem",
             Self::Remarks(_) => "Remarks",
-            Self::Reserved13 | Self::Reserved14 | Self::Reserved15 => "reserved message",
+            Self::Resolve(_) => "Resolve",
+            Self::Resolved(_) => "Resolved",
+            Self::TakeOver(_) => "TakeOver",
+            Self::TakenOver(_) => "TakenOver",
         }
     }
 
@@ -367,13 +398,12 @@ impl Message {
             Self::BeginStep(begin) => check_begin(begin),
             Self::StepReady(StepReady { start: StepStart::Point(point), .. }) => check_point(point),
             Self::StepDone(done) => check_snapshot(&done.held.snapshot),
-            Self::Conclude(outcome) => outcome.check(),
+            Self::Conclude(outcome) | Self::Resolve(outcome) => outcome.check(),
+            Self::Resolved(resolution) => resolution.check(),
             Self::Problem(problem) => problem.check(),
             Self::PullRequest(_) | Self::Describe(_) | Self::StepReady(_) | Self::Finish | Self::Finished => Ok(()),
             Self::Remarks(remarks) => check_remarks(remarks),
-            Self::Reserved13 | Self::Reserved14 | Self::Reserved15 => {
-                Err("this version knows no such message".to_owned())
-            }
+            Self::TakeOver(_) | Self::TakenOver(_) => Ok(()),
         };
         checked.map_err(|rule| Violation { message: self.kind(), rule })
     }

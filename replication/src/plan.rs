@@ -280,11 +280,17 @@ impl Points {
 
 impl Outcome {
     pub(crate) fn check(&self) -> Result<(), String> {
-        let lists: &[&Points] = match &self.verdict {
-            Verdict::FastForward { missing, .. } => &[missing],
-            Verdict::Behind { newer } => &[newer],
-            Verdict::Diverged { only_sender, only_receiver, .. } => &[only_sender, only_receiver],
-            Verdict::UpToDate | Verdict::Unrelated { .. } | Verdict::Dirty { .. } => &[],
+        self.verdict.check()
+    }
+}
+
+impl Verdict {
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let lists: &[&Points] = match self {
+            Self::FastForward { missing, .. } => &[missing],
+            Self::Behind { newer } => &[newer],
+            Self::Diverged { only_sender, only_receiver, .. } => &[only_sender, only_receiver],
+            Self::UpToDate | Self::Unrelated { .. } | Self::Dirty { .. } => &[],
         };
         let holds = |points: &&Points| {
             let listed = points.listed.len();
