@@ -121,6 +121,16 @@ impl Catalog {
         held.filter(|held| wanted.contains(&held.snapshot.id)).map(HeldSnapshot::key).collect()
     }
 
+    /// Finds the volumes cloned from snapshots of a volume.
+    pub(crate) fn clones_of(&self, volume: VolumeId) -> Vec<VolumeId> {
+        let contents = self.lock();
+        let records = contents.volumes.values().map(|known| &known.record);
+        records
+            .filter(|record| record.origin.is_some_and(|origin| origin.volume == volume))
+            .map(|record| record.id)
+            .collect()
+    }
+
     /// Shows a snapshot as `volume@snapshot`, where it is known.
     pub(crate) fn display(&self, key: SnapshotKey) -> Option<String> {
         let contents = self.lock();

@@ -102,9 +102,10 @@ impl Inbox {
         self.lock().parked.insert(volume, parked);
     }
 
-    /// Throws away a receive that waits, because its volume goes.
-    pub(crate) fn discard(&self, volume: VolumeId) {
-        drop(self.take_parked(volume));
+    /// Turns a receive that waits into a resume point on the pool: what is about to be done to its volume needs the
+    /// volume to itself, and may still be refused.
+    pub(crate) async fn suspend_one(&self, volume: VolumeId) {
+        suspend(self.take_parked(volume).into_iter().collect()).await;
     }
 
     /// Suspends receives whose sender did not come back in time.

@@ -5,7 +5,7 @@
 
 use flocker_storage::{
     driver::{Driver, SnapshotRequest},
-    error::ErrorKind,
+    error::{Blockers, Error as StorageError, ErrorKind},
     fault,
     model::{
         HeadState, HeldSnapshot, Host, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName, SnapshotRef, VolumeId,
@@ -113,7 +113,14 @@ impl Node {
         self.check_unpinned(&volume, "destroy")?;
         self.inbox.check_quiet(&volume, "destroy")?;
         let id = volume.record.id;
-        self.inbox.discard(id);
+        // The driver refuses it, too; but what is arriving is to be left alone then.
+        let clones: Vec<VolumeId> = self.catalog.clones_of(id);
+        if !clones.is_empty() {
+            let blockers = Blockers { clones, ..Blockers::default() };
+            let error = StorageError::new("destroy volume", name, ErrorKind::Blocked(blockers));
+            return Err(self.blocked(error, &format!("destroy {name}")));
+        }
+        self.inbox.suspend_one(id).await;
         self.driver.destroy(id).await.map_err(|error| self.blocked(error, &format!("destroy {name}")))?;
         self.driver.discard_partial(id).await?;
         self.catalog.remove(id);
@@ -317,7 +324,7 @@ impl Node {
     }
 
     /// Names what blocks a verb instead of numbering it.
-    fn blocked(&self, error: flocker_storage::error::Error, what: &str) -> ApiProblem {
+    fn blocked(&self, error: StorageError, what: &str) -> ApiProblem {
         let ErrorKind::Blocked(blockers) = &error.kind else { return error.into() };
         let name_of = |id: &VolumeId| self.catalog.get(*id).map_or(id.to_string(), |v| v.record.name.to_string());
         let clones: Vec<String> = blockers.clones.iter().map(name_of).collect();

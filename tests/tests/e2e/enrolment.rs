@@ -1,10 +1,12 @@
 //! Joining a cluster, and everybody who must not get in.
 
+use flocker_certs::{Authority, Identity, NewKey};
 use flocker_tests::{
     Cluster, Node, Options, Scratch,
     invariants::{array, text},
     wait_until,
 };
+use jiff::Timestamp;
 
 #[test]
 fn a_second_and_a_third_node_join_with_one_command_each_and_know_each_other() {
@@ -144,6 +146,68 @@ fn a_node_of_another_cluster_at_a_peers_address_is_refused_on_both_sides() {
     a.wait_logged("cluster");
     foreign.wait_logged("another cluster");
     assert!(array(&foreign.cli(&["list"]).ok().json()).is_empty());
+}
+
+/// Gives a stopped node another identity and starts it again; then pushes to it and to its peer, and returns what both
+/// commands say.
+fn with_another_identity(cluster: &mut Cluster, make: impl FnOnce(&Authority, &Identity) -> Identity) -> [String; 2] {
+    let (a, b) = cluster.pair();
+    for node in [&mut *a, &mut *b] {
+        node.create_mounted(&format!("of-{}", node.name));
+        node.cli(&["snapshot", &format!("of-{}@one", node.name)]).ok();
+    }
+    b.stop();
+    let authority = Authority::load(&a.state.join("authority")).unwrap();
+    let folder = b.state.join("identity");
+    make(&authority, &Identity::load(&folder).unwrap()).save(&folder).unwrap();
+    b.start();
+    let to_b = a.cli(&["push", "of-host-a@one", "host-b"]);
+    let to_a = b.cli(&["push", "of-host-b@one", "host-a"]);
+    [to_b, to_a].map(|refused| {
+        assert_ne!(refused.code, 0, "{}", refused.stderr);
+        refused.stderr
+    })
+}
+
+#[test]
+fn a_foreign_authority_that_calls_itself_our_cluster_is_refused_on_both_sides() {
+    let mut cluster = Cluster::start(2);
+
+    let said = with_another_identity(&mut cluster, |authority, old| {
+        let foreign = Authority::create(authority.cluster(), Timestamp::now()).unwrap();
+        let key = NewKey::generate().unwrap();
+        let request = key.csr_der().unwrap();
+        let day = std::time::Duration::from_secs(24 * 3600);
+        let issued = foreign.issue(&request, &old.name, Timestamp::now(), day).unwrap();
+        Identity::new(key, issued.certificate, foreign.certificate_der().to_vec()).unwrap()
+    });
+
+    for words in said {
+        assert!(words.contains("not issued by this cluster's authority"), "{words}");
+    }
+    for node in &cluster.nodes {
+        node.wait_logged("not issued by this cluster's authority");
+        assert_eq!(array(&node.cli(&["list"]).ok().json()).len(), 1, "nothing arrived at {}", node.name);
+    }
+}
+
+#[test]
+fn an_expired_certificate_is_refused_on_both_sides() {
+    let mut cluster = Cluster::start(2);
+
+    let said = with_another_identity(&mut cluster, |authority, old| {
+        let day = std::time::Duration::from_secs(24 * 3600);
+        let issued = authority.issue(&old.csr_der().unwrap(), &old.name, Timestamp::now() - 3 * day, day).unwrap();
+        old.renewed(issued.certificate).unwrap()
+    });
+
+    for words in said {
+        assert!(words.contains("expired"), "{words}");
+    }
+    for node in &cluster.nodes {
+        node.wait_logged("expired");
+        assert_eq!(array(&node.cli(&["list"]).ok().json()).len(), 1, "nothing arrived at {}", node.name);
+    }
 }
 
 #[test]

@@ -170,6 +170,36 @@ fn a_line_that_is_cut_for_a_while_is_no_failure() {
 }
 
 #[test]
+fn a_destroy_that_is_blocked_does_not_cost_the_half_received_snapshot() {
+    let (mut cluster, proxy) = behind_a_line(Scratch::new());
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    write_ordinary_tree(&mount, 67, 64);
+    a.cli(&["snapshot", "db@one"]).ok();
+    a.push("db@one", "host-b");
+    b.cli(&["clone", "db@one", "copy"]).ok();
+    write_random(&mount.join("data"), 68, 80 * MEBIBYTE);
+    a.cli(&["snapshot", "db@two"]).ok();
+    proxy.limit(SLOW);
+    let id = push_half_way(a, "db@two", 40 * MEBIBYTE);
+    let before = proxy.forwarded_bytes();
+    proxy.cut();
+    b.wait_logged("waiting for the sender");
+
+    b.cli(&["destroy", "db"]).ends_with(4).says(&["copy"]);
+    proxy.mend();
+    let done = a.wait_done(&id, LONG);
+
+    assert!(progress(&done, "resumed") >= 1, "{done}");
+    assert!(proxy.forwarded_bytes() < before + 60 * MEBIBYTE, "the first half travelled once only");
+    assert_equal(&mount, &b.mount("db"));
+    b.cli(&["unmount", "db"]).ok();
+    b.cli(&["destroy", "copy"]).ok();
+    b.cli(&["destroy", "db"]).ok();
+    assert_sound(b);
+}
+
+#[test]
 fn a_short_cut_is_not_even_noticed() {
     let (mut cluster, proxy) = behind_a_line(Scratch::new());
     let (a, b) = cluster.pair();

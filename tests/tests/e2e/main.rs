@@ -17,4 +17,5 @@ mod push;
 mod readme;
 mod recovery;
 mod refusals;
+mod terminal;
 mod verbs;
