@@ -171,15 +171,15 @@ fn follows(newest: &HeldSnapshot, want: SnapshotId, ours: &History<'_>, theirs: 
 }
 
 /// A lineage with an index.
-struct History<'a> {
-    list: &'a [HeldSnapshot],
-    at: BTreeMap<SnapshotId, usize>,
+pub(crate) struct History<'a> {
+    pub(crate) list: &'a [HeldSnapshot],
+    pub(crate) at: BTreeMap<SnapshotId, usize>,
 }
 
 /// A snapshot and all its ancestors, as far as one side knows.
-struct Ancestry {
+pub(crate) struct Ancestry {
     /// Those that the side holds, with their places in its list.
-    held: BTreeMap<SnapshotId, usize>,
+    pub(crate) held: BTreeMap<SnapshotId, usize>,
     /// Those that are only named as parents: pruned, or held elsewhere.
     named: BTreeSet<SnapshotId>,
 }
@@ -191,7 +191,7 @@ impl Ancestry {
 }
 
 impl<'a> History<'a> {
-    fn of(lineage: &'a Lineage) -> Self {
+    pub(crate) fn of(lineage: &'a Lineage) -> Self {
         let list = lineage.snapshots.as_slice();
         let at = list.iter().enumerate().map(|(at, held)| (held.snapshot.id, at)).collect();
         Self { list, at }
@@ -205,7 +205,7 @@ impl<'a> History<'a> {
         if present.is_empty() && !named.is_empty() && at > 0 { vec![at - 1] } else { present }
     }
 
-    fn ancestry(&self, at: usize) -> Ancestry {
+    pub(crate) fn ancestry(&self, at: usize) -> Ancestry {
         let mut ancestry = Ancestry { held: BTreeMap::new(), named: BTreeSet::new() };
         let mut open = vec![at];
         while let Some(at) = open.pop() {

@@ -11,6 +11,7 @@
 pub mod binding;
 pub mod divergence;
 pub mod inbound;
+pub mod merge;
 pub mod message;
 pub mod negotiate;
 pub mod plan;

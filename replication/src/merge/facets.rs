@@ -3,9 +3,12 @@
 //! Owns the table of cases. Refuses to know hard links ([`super::links`]) and what lies beneath a directory
 //! ([`super::survey`], which tells by [`Inside`]).
 
-use flocker_storage::tree::entry::{EntryKind, Time, Xattrs};
+use flocker_storage::tree::{
+    entry::{EntryKind, Time, Xattrs},
+    path::TreePath,
+};
 
-use super::{Conflict, ConflictKind, Meta, Outcome, Resolution, Resolve, Row, Side, Taken, Version};
+use super::{Conflict, ConflictKind, Meta, Outcome, Resolution, Resolve, Row, Side, Taken, Version, survey::Aside};
 
 /// What the directory a row lies in says about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,8 +61,15 @@ pub(super) struct Draft {
 }
 
 impl Draft {
+    /// Returns the losing side's version, where that is to be kept.
+    pub(super) fn kept_beside(&self, path: &TreePath) -> Option<Aside> {
+        let version = self.aside.clone()?;
+        Some(Aside { from: self.winner.other(), source: path.clone(), version })
+    }
+
     pub(super) fn into_conflict(self, row: &Row<'_>) -> Conflict {
-        let words = |version: Option<&Version>| version.map_or_else(|| "nothing".to_owned(), |v| describe(v, &self.kinds));
+        let words =
+            |version: Option<&Version>| version.map_or_else(|| "nothing".to_owned(), |v| describe(v, &self.kinds));
         Conflict {
             path: row.path.clone(),
             ours: words(row.ours),

@@ -4,12 +4,12 @@
 //! alone is the other side's whole; where both left the links alone, each name is decided as any other path; else all
 //! of it is one conflict. Memory grows with such names only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use flocker_storage::tree::{entry::EntryKind, path::TreePath};
 
 use super::{
-    Conflict, ConflictKind, Group, Outcome, Resolution, Resolve, Row, Side, Version,
+    Conflict, ConflictKind, Group, Outcome, Resolution, Resolve, Side, Version,
     facets::{alike, describe},
     survey::Aside,
 };
@@ -29,10 +29,6 @@ pub(super) struct Name {
 }
 
 impl Name {
-    pub(super) fn row<'a>(&'a self, path: &'a TreePath) -> Row<'a> {
-        Row { path, base: self.base.as_ref(), ours: self.ours.as_ref(), theirs: self.theirs.as_ref() }
-    }
-
     fn of(&self, side: Side) -> Option<&Version> {
         match side {
             Side::Ours => self.ours.as_ref(),
@@ -96,26 +92,24 @@ fn components(names: &BTreeMap<TreePath, Name>) -> Vec<Vec<&TreePath>> {
     components.into_values().collect()
 }
 
+type Pick = fn(&Name) -> Option<&Version>;
+
+/// Tells whether two trees have the same names of the same inodes.
+fn linked_alike(members: &[(&TreePath, &Name)], a: Pick, b: Pick) -> bool {
+    members.iter().all(|(_, name)| a(name).is_some() == b(name).is_some() && group(a(name)) == group(b(name)))
+}
+
 fn judge(members: &[(&TreePath, &Name)]) -> Verdict {
-    let equal = |a: fn(&Name) -> Option<&Version>, b: fn(&Name) -> Option<&Version>| {
-        members.iter().all(|(_, name)| a(name) == b(name))
-    };
-    let like = |a: fn(&Name) -> Option<&Version>, b: fn(&Name) -> Option<&Version>| {
-        members.iter().all(|(_, name)| alike(a(name), b(name)) && group(a(name)) == group(b(name)))
-    };
-    let [base, ours, theirs]: [fn(&Name) -> Option<&Version>; 3] =
+    let equal = |a: Pick, b: Pick| members.iter().all(|(_, name)| a(name) == b(name));
+    let like =
+        |a: Pick, b: Pick| members.iter().all(|(_, name)| alike(a(name), b(name)) && group(a(name)) == group(b(name)));
+    let [base, ours, theirs]: [Pick; 3] =
         [|name| name.base.as_ref(), |name| name.ours.as_ref(), |name| name.theirs.as_ref()];
     if equal(base, theirs) || equal(ours, theirs) {
         Verdict::Whole(Side::Ours)
     } else if equal(base, ours) {
         Verdict::Whole(Side::Theirs)
-    } else if members.iter().all(|(_, name)| {
-        let [base, ours, theirs] = name.versions();
-        base.is_some() == ours.is_some() && base.is_some() == theirs.is_some() && {
-            let groups = [group(base), group(ours), group(theirs)];
-            groups[0] == groups[1] && groups[0] == groups[2]
-        }
-    }) {
+    } else if like(ours, theirs) || (linked_alike(members, base, ours) && linked_alike(members, base, theirs)) {
         Verdict::EachByItself
     } else if like(base, theirs) {
         Verdict::Whole(Side::Ours)
@@ -166,8 +160,15 @@ fn decide(members: &[(&TreePath, &Name)], resolve: Resolve, resolved: &mut Resol
         outcomes.insert(path, outcome);
     }
     for names in inodes.values().filter(|names| names.len() > 1) {
+        // Times are decided name by name, and an inode has one.
+        let times = names.iter().filter_map(|path| match outcomes.get(*path) {
+            Some(Outcome::Keep(taken)) => Some(taken.meta.mtime),
+            _ => None,
+        });
+        let latest = times.max();
         for path in names {
             if let Some(Outcome::Keep(taken)) = outcomes.get_mut(*path) {
+                taken.meta.mtime = latest.unwrap_or(taken.meta.mtime);
                 taken.group = Some(Group { first: names[0].clone(), names: names.len() as u32 });
             }
         }
@@ -184,9 +185,8 @@ fn both<'a>(
 ) -> (Outcome, Option<Inode<'a>>) {
     match (&name.ours, &name.theirs) {
         (Some(ours), theirs) => {
-            let is_new = theirs.as_ref().is_some_and(|theirs| {
-                !theirs.is_like(ours) && !alike(Some(theirs), name.base.as_ref())
-            });
+            let is_new =
+                theirs.as_ref().is_some_and(|theirs| !theirs.is_like(ours) && !alike(Some(theirs), name.base.as_ref()));
             if is_new {
                 asides.push((path, name));
             }
@@ -212,7 +212,11 @@ fn tell(
         // Further names of one inode have the conflict of the first.
         let is_first = group(name.ours.as_ref()).is_none_or(|first| first == *path);
         if name.is_fixed || (verdict == Verdict::EachByItself && is_first) {
-            resolved.conflicts.push(conflict.clone());
+            let (mut conflict, aside) = conflict.clone();
+            let inode = group(name.ours.as_ref());
+            let others = members.iter().filter(|(_, other)| inode.is_some() && group(other.ours.as_ref()) == inode);
+            conflict.names = others.map(|(path, _)| (*path).clone()).collect();
+            resolved.conflicts.push((conflict, aside));
         }
     }
     if verdict != Verdict::Conflict {
@@ -246,5 +250,26 @@ fn tell(
     }
     if asides.is_empty() {
         resolved.conflicts.push((conflict, None));
+    }
+}
+
+/// Takes names out of their groups at which a directory stays after all.
+pub(super) fn regroup(outcomes: &mut BTreeMap<TreePath, Outcome>, kept: &BTreeSet<TreePath>) {
+    let group_of = |outcome: &Outcome| match outcome {
+        Outcome::Keep(taken) => taken.group.as_ref().map(|group| group.first.clone()),
+        Outcome::Gone => None,
+    };
+    let lost: BTreeSet<TreePath> = kept.iter().filter_map(|path| outcomes.get(path).and_then(group_of)).collect();
+    for first in lost {
+        let members = outcomes
+            .iter()
+            .filter(|(path, outcome)| group_of(outcome).as_ref() == Some(&first) && !kept.contains(*path));
+        let members: Vec<TreePath> = members.map(|(path, _)| path.clone()).collect();
+        for path in &members {
+            if let Some(Outcome::Keep(taken)) = outcomes.get_mut(path) {
+                let group = Group { first: members[0].clone(), names: members.len() as u32 };
+                taken.group = (members.len() > 1).then_some(group);
+            }
+        }
     }
 }

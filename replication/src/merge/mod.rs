@@ -3,7 +3,7 @@
 //! # Participants
 //! The caller walks three trees (base, ours, theirs) side by side and gives each path's [`Row`] to a [`Survey`], in
 //! walk order. [`Survey::finish`] gives the [`Plan`]: every conflict, and what had to be known of the whole. The caller
-//! then walks once more and asks a [`Decider`] what the result holds at each path, and adds the plan's [`Copy`] entries.
+//! then walks once more and asks a [`Decider`] what the result holds at each path, and adds the plan's [`KeptBeside`] entries.
 //! # Goals
 //! Memory grows with conflicts and with names of inodes that have several, never with the tree. What one side changed
 //! and the other did not is taken; what both changed the same way is taken; each property (contents, mode, owner, each
@@ -169,7 +169,7 @@ pub struct Group {
 
 /// A version that is kept beside the path it was at.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Copy {
+pub struct KeptBeside {
     /// Where it goes. Nothing else is there in any of the trees.
     pub path: TreePath,
     /// Whose it is.
@@ -241,7 +241,7 @@ pub struct Conflict {
     pub done: Resolution,
     /// Entries of a directory that went with the losing side.
     pub beneath: u64,
-    /// All paths of a conflict of [`ConflictKind::Links`].
+    /// All names of the inode, or of those that are linked with it on a side, where it has several.
     pub names: Vec<TreePath>,
 }
 

@@ -10,9 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use flocker_storage::tree::{entry::EntryKind, path::TreePath};
 
 use super::{
-    CONFLICTS_LIMIT, Conflict, ConflictKind, Copy, Counts, Labels, Outcome, PathText, Resolution, Resolve, Row, Side,
-    Taken, Version, beside,
-    facets::{Doubt, Draft, Evaluation, Inside, evaluate},
+    CONFLICTS_LIMIT, Conflict, ConflictKind, Counts, KeptBeside, Labels, Outcome, PathText, Resolution, Resolve, Row,
+    Side, Version, beside,
+    facets::{Doubt, Evaluation, Inside, alike, describe, evaluate},
     links::{self, Name},
 };
 
@@ -38,7 +38,7 @@ struct Level {
     needed: bool,
     /// Names in it are not decided yet.
     pending: bool,
-    doubt: Option<(Doubt, Draft)>,
+    doubt: Option<Doubt>,
     /// The conflict that dropped it: entries beneath are counted there.
     dropped_by: Option<usize>,
 }
@@ -50,7 +50,7 @@ pub struct Survey {
     levels: Vec<Level>,
     kept: BTreeSet<TreePath>,
     /// Directories that are in the result if one of their names is.
-    pending: BTreeMap<TreePath, Option<Draft>>,
+    pending: BTreeMap<TreePath, Doubt>,
     names: BTreeMap<TreePath, Name>,
     conflicts: Vec<(Conflict, Option<Aside>)>,
     counts: Counts,
@@ -92,77 +92,86 @@ impl Survey {
         if let Some(conflict) = dropped_by.and_then(|at| self.conflicts.get_mut(at)) {
             conflict.0.beneath += u64::from(row.ours.is_some() || row.theirs.is_some());
         }
-        let is_directory = |version: Option<&Version>| version.is_some_and(|version| version.kind == EntryKind::Directory);
+        let is_directory =
+            |version: Option<&Version>| version.is_some_and(|version| version.kind == EntryKind::Directory);
         let directory = is_directory(row.ours) || is_directory(row.theirs);
-        let conflict = conflict.map(|draft| self.name_conflict(row, draft));
+        let conflict = conflict.map(|draft| {
+            let aside = draft.kept_beside(row.path);
+            (draft.into_conflict(row), aside)
+        });
         let mut dropped_by = dropped_by.filter(|_| beneath == Some(Inside::Dropped));
         if [row.base, row.ours, row.theirs].into_iter().flatten().any(|version| version.group.is_some()) {
             self.pend();
             let by_structure = matches!(inside, Inside::Dropped | Inside::Whole(_))
                 || conflict.as_ref().is_some_and(|(conflict, _)| conflict.kinds == [ConflictKind::DeletedDirectory]);
+            let is_fixed = directory || is_directory(row.base) || by_structure;
+            if is_fixed && outcome != Outcome::Gone {
+                self.need();
+            }
             let name = Name {
                 base: row.base.cloned(),
                 ours: row.ours.cloned(),
                 theirs: row.theirs.cloned(),
                 outcome: outcome.clone(),
-                is_fixed: directory || is_directory(row.base) || by_structure,
+                is_fixed,
                 conflict,
             };
             self.names.insert(row.path.clone(), name);
-        } else if let Some(conflict) = conflict {
-            if directory && beneath == Some(Inside::Dropped) {
-                dropped_by = Some(self.conflicts.len());
+        } else {
+            if outcome != Outcome::Gone {
+                self.need();
             }
-            self.conflicts.push(conflict);
+            if let Some(conflict) = conflict {
+                if directory && beneath == Some(Inside::Dropped) {
+                    dropped_by = Some(self.conflicts.len());
+                }
+                self.conflicts.push(conflict);
+            }
         }
         if self.conflicts.len() > CONFLICTS_LIMIT {
             return Err(TooManyConflicts);
         }
-        // What takes a doubtful directory's place needs the directory it lies in.
-        if outcome != Outcome::Gone {
-            self.need();
-        }
         if directory {
-            let doubt = if_needed.map(|doubt| {
-                let draft = replacement(row, &doubt, self.resolve);
-                (doubt, draft)
-            });
-            let inside = beneath.unwrap_or(Inside::Merged);
-            self.enter(row.path, inside, doubt, dropped_by);
+            self.enter(row.path, beneath.unwrap_or(Inside::Merged), if_needed, dropped_by);
         }
         Ok(())
     }
 
     /// Ends the survey. `is_taken` tells whether any of the trees has something at a path.
-    pub fn finish(mut self, labels: &Labels, mut is_taken: impl FnMut(&TreePath) -> bool) -> Result<Plan, TooManyConflicts> {
+    pub fn finish(
+        mut self,
+        labels: &Labels,
+        mut is_taken: impl FnMut(&TreePath) -> bool,
+    ) -> Result<Plan, TooManyConflicts> {
         while let Some(level) = self.levels.pop() {
             self.close(level);
         }
-        let resolved = links::resolve(std::mem::take(&mut self.names), self.resolve);
-        self.conflicts.extend(resolved.conflicts);
+        let mut resolved = links::resolve(std::mem::take(&mut self.names), self.resolve);
+        self.conflicts.append(&mut resolved.conflicts);
         for (path, outcome) in &resolved.outcomes {
             if *outcome == Outcome::Gone {
                 continue;
             }
             let mut parent = path.parent();
             while let Some(directory) = parent {
-                if let Some(draft) = self.pending.remove(&directory) {
-                    self.keep(directory.clone(), draft);
+                if let Some(doubt) = self.pending.remove(&directory) {
+                    self.keep(directory.clone(), doubt);
                 }
                 parent = directory.parent();
             }
         }
+        links::regroup(&mut resolved.outcomes, &self.kept);
         if self.conflicts.len() > CONFLICTS_LIMIT {
             return Err(TooManyConflicts);
         }
         self.conflicts.sort_by(|(a, _), (b, _)| (&a.path, &a.kinds).cmp(&(&b.path, &b.kinds)));
-        let mut copies: BTreeMap<TreePath, Copy> = BTreeMap::new();
+        let mut copies: BTreeMap<TreePath, KeptBeside> = BTreeMap::new();
         let mut conflicts = Vec::with_capacity(self.conflicts.len());
         for (mut conflict, aside) in self.conflicts {
             if let Some(Aside { from, source, version }) = aside {
                 let path = beside(&source, labels.of(from), |path| copies.contains_key(path) || is_taken(path));
                 conflict.done = Resolution::Both(PathText::of(&path));
-                copies.insert(path.clone(), Copy { path, from, source, version });
+                copies.insert(path.clone(), KeptBeside { path, from, source, version });
             }
             conflicts.push(conflict);
         }
@@ -176,17 +185,10 @@ impl Survey {
         })
     }
 
-    fn name_conflict(&self, row: &Row<'_>, mut draft: Draft) -> (Conflict, Option<Aside>) {
-        let aside = draft.aside.take();
-        let loser = aside_of(row, aside);
-        (draft.into_conflict(row), loser)
-    }
-
     fn count(&mut self, row: &Row<'_>, inside: Inside, in_conflict: bool) {
         if in_conflict || matches!(inside, Inside::Whole(_) | Inside::Dropped) {
             return;
         }
-        let alike = super::facets::alike;
         let counter = match (alike(row.base, row.ours), alike(row.base, row.theirs)) {
             (true, true) => &mut self.counts.unchanged,
             (false, true) => &mut self.counts.ours,
@@ -210,8 +212,8 @@ impl Survey {
         }
     }
 
-    fn enter(&mut self, path: &TreePath, inside: Inside, doubt: Option<(Doubt, Draft)>, dropped_by: Option<usize>) {
-        let needed = doubt.as_ref().is_some_and(|(doubt, _)| doubt.needed);
+    fn enter(&mut self, path: &TreePath, inside: Inside, doubt: Option<Doubt>, dropped_by: Option<usize>) {
+        let needed = doubt.as_ref().is_some_and(|doubt| doubt.needed);
         self.levels.push(Level { path: path.clone(), inside, needed, pending: false, doubt, dropped_by });
     }
 
@@ -229,51 +231,31 @@ impl Survey {
         if pending {
             self.pend();
         }
-        let Some((doubt, draft)) = doubt else { return };
-        let draft = doubt.replaced.is_some().then_some(draft);
+        let Some(doubt) = doubt else { return };
         if needed {
             self.need();
-            self.keep(path, draft);
+            self.keep(path, doubt);
         } else if pending {
-            self.pending.insert(path, draft);
+            self.pending.insert(path, doubt);
         }
     }
 
-    /// A directory that one side deleted is in the result after all.
-    fn keep(&mut self, path: TreePath, replaced: Option<Draft>) {
-        if let Some(mut draft) = replaced {
-            let aside = draft.aside.take().map(|version| Aside { from: draft.winner.other(), source: path.clone(), version });
-            let words = |side| match (side == draft.winner, &aside) {
-                (true, _) => "directory".to_owned(),
-                (false, Some(aside)) => super::facets::describe(&aside.version, &[]),
-                (false, None) => "something else".to_owned(),
+    /// A directory that one side deleted is in the result after all. What that side put in its place is in conflict.
+    fn keep(&mut self, path: TreePath, doubt: Doubt) {
+        if let Some(replaced) = doubt.replaced {
+            let winner = doubt.directory.body;
+            let (directory, other) = ("directory".to_owned(), describe(&replaced, &[]));
+            let (ours, theirs, done) = match winner {
+                Side::Ours => (directory, other, Resolution::Ours),
+                Side::Theirs => (other, directory, Resolution::Theirs),
             };
-            let conflict = Conflict {
-                path: path.clone(),
-                kinds: vec![ConflictKind::Type],
-                ours: words(Side::Ours),
-                theirs: words(Side::Theirs),
-                done: if draft.winner == Side::Ours { Resolution::Ours } else { Resolution::Theirs },
-                beneath: 0,
-                names: Vec::new(),
-            };
-            self.conflicts.push((conflict, aside.filter(|_| self.resolve.winner().is_none())));
+            let kinds = vec![ConflictKind::Type];
+            let conflict = Conflict { path: path.clone(), kinds, ours, theirs, done, beneath: 0, names: Vec::new() };
+            let aside = Aside { from: winner.other(), source: path.clone(), version: replaced };
+            self.conflicts.push((conflict, self.resolve.winner().is_none().then_some(aside)));
         }
         self.kept.insert(path);
     }
-}
-
-/// The conflict there is when a directory survives in whose place the other side put something.
-fn replacement(row: &Row<'_>, doubt: &Doubt, _resolve: Resolve) -> Draft {
-    let _ = row;
-    Draft { kinds: vec![ConflictKind::Type], winner: doubt.directory.body, aside: doubt.replaced.clone() }
-}
-
-/// Finds whose a version is that is to be kept beside.
-fn aside_of(row: &Row<'_>, aside: Option<Version>) -> Option<Aside> {
-    let version = aside?;
-    let from = if row.theirs == Some(&version) { Side::Theirs } else { Side::Ours };
-    Some(Aside { from, source: row.path.clone(), version })
 }
 
 /// What a merge comes to.
@@ -283,7 +265,7 @@ pub struct Plan {
     /// Directories that one side deleted and that are in the result.
     kept: BTreeSet<TreePath>,
     names: BTreeMap<TreePath, Outcome>,
-    copies: Vec<Copy>,
+    copies: Vec<KeptBeside>,
     conflicts: Vec<Conflict>,
     counts: Counts,
 }
@@ -295,7 +277,7 @@ impl Plan {
     }
 
     /// Returns the entries of the result that lie at paths of no row, in walk order.
-    pub fn copies(&self) -> &[Copy] {
+    pub fn copies(&self) -> &[KeptBeside] {
         &self.copies
     }
 
@@ -331,7 +313,8 @@ impl Decider<'_> {
         self.leave(row.path);
         let inside = self.levels.last().map_or(Inside::Merged, |(_, inside)| *inside);
         let Evaluation { outcome, if_needed, beneath, .. } = evaluate(row, self.plan.resolve, inside);
-        let is_directory = |version: Option<&Version>| version.is_some_and(|version| version.kind == EntryKind::Directory);
+        let is_directory =
+            |version: Option<&Version>| version.is_some_and(|version| version.kind == EntryKind::Directory);
         if is_directory(row.ours) || is_directory(row.theirs) {
             self.levels.push((row.path.clone(), beneath.unwrap_or(Inside::Merged)));
         }
@@ -346,12 +329,5 @@ impl Decider<'_> {
         while self.levels.last().is_some_and(|(level, _)| !path.is_within(level)) {
             self.levels.pop();
         }
-    }
-}
-
-/// Returns a side's entry as it is.
-impl From<(&Version, Side)> for Taken {
-    fn from((version, side): (&Version, Side)) -> Self {
-        version.taken(side)
     }
 }

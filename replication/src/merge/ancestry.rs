@@ -1,0 +1,93 @@
+//! Which snapshot two histories went apart at, and histories that merges brought in.
+//!
+//! Works on lineages as the drivers list them; parents by id. Neighbour: [`crate::divergence`], which compares them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flocker_storage::model::{HeldSnapshot, Lineage, SnapshotId};
+
+use crate::{divergence::History, message::LINEAGE_LIMIT};
+
+/// Where two histories went apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommonAncestor {
+    /// The newest snapshot that both descend from, as the first of the two holds it.
+    pub snapshot: HeldSnapshot,
+    /// Others that are as new, where histories were merged crosswise. Changes that only one of them has look like
+    /// changes of both sides, which is seldom a conflict and never a loss.
+    pub further: Vec<HeldSnapshot>,
+}
+
+/// Finds where the tips of two lineages went apart. The same whichever is first, but for who holds it.
+pub fn common_ancestor(ours: &Lineage, theirs: &Lineage) -> Option<CommonAncestor> {
+    let (ours, theirs) = (History::of(ours), History::of(theirs));
+    let mine = ours.ancestry(ours.list.len().checked_sub(1)?);
+    let other = theirs.ancestry(theirs.list.len().checked_sub(1)?);
+    let mut covered = BTreeSet::new();
+    let mut newest: Vec<usize> = Vec::new();
+    // Backwards no snapshot comes before one that descends from it.
+    for (at, held) in ours.list.iter().enumerate().rev() {
+        let id = held.snapshot.id;
+        if mine.held.contains_key(&id) && other.held.contains_key(&id) && !covered.contains(&id) {
+            covered.extend(ours.ancestry(at).held.into_keys());
+            newest.push(at);
+        }
+    }
+    let descends = |from: SnapshotId, to: SnapshotId| {
+        [&ours, &theirs]
+            .iter()
+            .any(|side| side.at.get(&to).is_some_and(|&at| side.ancestry(at).held.contains_key(&from)))
+    };
+    let ids: Vec<SnapshotId> = newest.iter().map(|&at| ours.list[at].snapshot.id).collect();
+    newest.retain(|&at| {
+        let id = ours.list[at].snapshot.id;
+        !ids.iter().any(|&later| later != id && descends(id, later))
+    });
+    newest.sort_by_key(|&at| ours.list[at].snapshot.id);
+    let mut found = newest.into_iter().rev().map(|at| ours.list[at].clone());
+    Some(CommonAncestor { snapshot: found.next()?, further: found.collect() })
+}
+
+/// Adds to a lineage the snapshots that merges in it descend from and that lie in other volumes, each before the first
+/// one that descends from it: so a receiver that has them gets the merge as a step on top. `elsewhere` is all that other
+/// volumes hold. A lineage that would become longer than a message takes stays as it is.
+pub fn with_merged(lineage: &Lineage, elsewhere: &[HeldSnapshot]) -> Lineage {
+    let own: BTreeSet<SnapshotId> = lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
+    if lineage.snapshots.iter().all(|held| held.snapshot.parents.iter().skip(1).all(|id| own.contains(id))) {
+        return lineage.clone();
+    }
+    let mut others: BTreeMap<SnapshotId, &HeldSnapshot> = BTreeMap::new();
+    for held in elsewhere.iter().filter(|held| !own.contains(&held.snapshot.id)) {
+        others.entry(held.snapshot.id).or_insert(held);
+    }
+    let mut snapshots = Vec::with_capacity(lineage.snapshots.len());
+    let mut added = BTreeSet::new();
+    for held in &lineage.snapshots {
+        if held.snapshot.parents.len() > 1 {
+            for parent in &held.snapshot.parents {
+                add(*parent, &others, &mut added, &mut snapshots);
+            }
+        }
+        snapshots.push(held.clone());
+    }
+    if snapshots.len() > LINEAGE_LIMIT { lineage.clone() } else { Lineage { snapshots } }
+}
+
+/// Adds a snapshot behind all its ancestors.
+fn add(
+    id: SnapshotId,
+    others: &BTreeMap<SnapshotId, &HeldSnapshot>,
+    added: &mut BTreeSet<SnapshotId>,
+    list: &mut Vec<HeldSnapshot>,
+) {
+    let mut open = vec![(id, false)];
+    while let Some((id, after)) = open.pop() {
+        let Some(held) = others.get(&id) else { continue };
+        if after {
+            list.push((*held).clone());
+        } else if added.insert(id) {
+            open.push((id, true));
+            open.extend(held.snapshot.parents.iter().map(|parent| (*parent, false)));
+        }
+    }
+}
