@@ -25,8 +25,8 @@ use crate::{
     wait::{SHORT, wait_until},
 };
 
-/// Where zfs-fuse keeps its socket, its lock, its settings and the list of its pools. They are compiled in.
-const STATE_FOLDERS: &str = "/run/zfs /run/lock/zfs /etc/zfs /var/lib/zfs";
+/// Where zfs-fuse keeps its socket, its lock, its settings and the list of its pools (compiled in), and where a node mounts.
+const STATE_FOLDERS: &str = "/run/zfs /run/lock/zfs /etc/zfs /var/lib/zfs /run/flocker";
 
 /// How large the sparse file of a pool is, in MiB.
 const POOL_MEBIBYTES: u64 = 2048;
@@ -174,7 +174,7 @@ fn openzfs_pair(left: &str, right: &str) -> [ZfsHost; 2] {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("test{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::SeqCst));
     let hosts = [(left, 1), (right, 2)].map(|(pool, number)| {
-        let waiting = ["--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"];
+        let waiting = ["--pdeathsig", "KILL", "unshare", "--net", "sleep", "100000"];
         let holder = Command::new("setpriv").args(waiting).stdin(Stdio::null()).spawn().expect("make a namespace");
         let own = fs::read_link("/proc/self/ns/net").expect("a network namespace");
         wait_until("the namespace is there", SHORT, || {

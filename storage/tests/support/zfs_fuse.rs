@@ -37,8 +37,9 @@ use flocker_storage::{conformance::Fixture, driver::Driver, error::Result};
 
 use super::{have, is_root, must, open_with};
 
-/// Where zfs-fuse keeps its socket, its lock, its settings and the list of its pools. They are compiled in.
-const STATE_FOLDERS: [&str; 4] = ["/run/zfs", "/run/lock/zfs", "/etc/zfs", "/var/lib/zfs"];
+/// Where zfs-fuse keeps its socket, its lock, its settings and the list of its pools (compiled in), and where the driver
+/// mounts.
+const STATE_FOLDERS: [&str; 5] = ["/run/zfs", "/run/lock/zfs", "/etc/zfs", "/var/lib/zfs", "/run/flocker"];
 
 /// Names the folder of the inner process's pool; its presence makes it the inner one.
 const INSIDE: &str = "FLOCKER_TEST_ZFS_HOST";
