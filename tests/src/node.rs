@@ -52,6 +52,8 @@ pub struct Node {
     pub listen: SocketAddr,
     /// The name of the fault point its next start has.
     pub fault: Option<String>,
+    /// How much its next start logs, as in `FLOCKER_LOG`; the usual when left out.
+    pub log_filter: Option<String>,
     options: Options,
     binary: PathBuf,
     daemon: Option<Child>,
@@ -90,7 +92,7 @@ impl Node {
         }
         let listen = options.listen.unwrap_or_else(free_address);
         let log = scratch.path().join(format!("{name}.log"));
-        Self { name: name.to_owned(), state, log, listen, fault: None, options, binary, daemon: None }
+        Self { name: name.to_owned(), state, log, listen, fault: None, log_filter: None, options, binary, daemon: None }
     }
 
     /// Returns the arguments of `init` or `join` for this node.
@@ -151,6 +153,9 @@ impl Node {
         command.args(["node", "start", "--listen", &self.listen.to_string()]);
         if let Some(fault) = &self.fault {
             command.env("FLOCKER_FAULT", fault);
+        }
+        if let Some(filter) = &self.log_filter {
+            command.env("FLOCKER_LOG", filter);
         }
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the log")).stderr(log);
         self.daemon = Some(command.spawn().expect("start the daemon"));

@@ -29,7 +29,7 @@ use crate::{
 const STATE_FOLDERS: &str = "/run/zfs /run/lock/zfs /etc/zfs /var/lib/zfs /run/flocker";
 
 /// How large the sparse file of a pool is, in MiB.
-const POOL_MEBIBYTES: u64 = 2048;
+const POOL_MEBIBYTES: u64 = 8192;
 
 /// The pools of a machine with OpenZFS in its kernel, one for each host.
 const OPENZFS: &str = "FLOCKER_TEST_OPENZFS";

@@ -1,0 +1,151 @@
+//! The other contender: the programs of the file system itself, in a pipe.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use flocker_tests::{
+    Options, Scratch, ZfsHost,
+    scratch::{FileSystem, run},
+};
+
+use crate::{ssh::Ssh, timed};
+
+/// How large the file systems in files are, in MiB.
+const DISK_MEBIBYTES: u64 = 12 * 1024;
+
+/// A volume kept by hand on the sender's pool, and the place it is sent to on the receiver's.
+pub(crate) enum ByHand {
+    /// A subvolume `head`, snapshots beside it; `received` on the other disk.
+    Btrfs { sender: PathBuf, receiver: PathBuf },
+    /// A dataset beside the node's, on each host.
+    Zfs { sender: Arc<ZfsHost>, receiver: Arc<ZfsHost>, head: PathBuf },
+}
+
+impl ByHand {
+    /// Makes two pools; returns what is kept by hand on them and the options of a node on each.
+    pub(crate) fn prepare(case: &str, scratch: &Scratch) -> (Self, Vec<Options>) {
+        if case == "btrfs" {
+            let disk = |name: &str| scratch.mount(FileSystem::Btrfs, name, DISK_MEBIBYTES);
+            let (sender, receiver) = (disk("left"), disk("right"));
+            let pool = |place: &Path| {
+                let node = place.join("node");
+                run(Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(&node));
+                Options { pool: Some(format!("btrfs:{}", node.display())), ..Options::default() }
+            };
+            let options = vec![pool(&sender), pool(&receiver)];
+            run(Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(sender.join("head")));
+            std::fs::create_dir(receiver.join("received")).expect("make a folder");
+            return (Self::Btrfs { sender, receiver }, options);
+        }
+        let [sender, receiver] = ZfsHost::pair(scratch).expect("ZFS is here");
+        let options = vec![sender.options(), receiver.options()];
+        let place = Path::new("/tmp").join(format!("flocker-bench-{}", std::process::id()));
+        let mountpoint = format!("mountpoint={}", place.display());
+        sender.zfs(&["create", "-o", "atime=off", "-o", &mountpoint, &dataset(&sender)]);
+        let head = sender.seen(&place);
+        (Self::Zfs { sender, receiver, head }, options)
+    }
+
+    /// What the table calls it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Btrfs { .. } => "btrfs send | zstd -1 | ssh | btrfs receive",
+            Self::Zfs { sender, .. } if sender.is_fuse() => "zfs send | zstd -1 | ssh | zfs receive, by zfs-fuse",
+            Self::Zfs { .. } => "zfs send | zstd -1 | ssh | zfs receive, by OpenZFS",
+        }
+    }
+
+    /// Where its head is.
+    pub(crate) fn head(&self) -> PathBuf {
+        match self {
+            Self::Btrfs { sender, .. } => sender.join("head"),
+            Self::Zfs { head, .. } => head.clone(),
+        }
+    }
+
+    /// Makes its head equal to another's.
+    pub(crate) fn copy_head(&self, from: &Path) {
+        run(Command::new("cp").arg("-a").arg(from.join(".")).arg(self.head()));
+        run(&mut Command::new("sync"));
+    }
+
+    /// Takes a snapshot of its head.
+    pub(crate) fn snapshot(&self, name: &str) {
+        match self {
+            Self::Btrfs { sender, .. } => {
+                run(Command::new("btrfs")
+                    .args(["-q", "subvolume", "snapshot", "-r"])
+                    .arg(sender.join("head"))
+                    .arg(sender.join(name)));
+                run(Command::new("sync").arg("-f").arg(sender));
+            }
+            Self::Zfs { sender, .. } => drop(sender.zfs(&["snapshot", &format!("{}@{name}", dataset(sender))])),
+        }
+    }
+
+    /// Sends a snapshot, whole or as the difference to another that is there.
+    pub(crate) fn send(&self, ssh: &Ssh, base: Option<&str>, name: &str) -> Duration {
+        let remote = ssh.command_line("localhost");
+        match self {
+            Self::Btrfs { sender, receiver } => {
+                let (from, to) = (sender.display(), receiver.display());
+                let parent = base.map(|base| format!("-p {from}/{base} ")).unwrap_or_default();
+                timed(&format!(
+                    "btrfs -q send {parent}{from}/{name} | zstd -q -1 | \
+                     {remote} 'set -o pipefail; zstd -q -d | btrfs -q receive {to}/received && sync -f {to}'"
+                ))
+            }
+            Self::Zfs { sender, receiver, .. } => {
+                let (from, to) = (dataset(sender), dataset(receiver));
+                let base = base.map(|base| format!("-i @{base} ")).unwrap_or_default();
+                let [send, receive] = [sender, receiver].map(|host| words(&host.command(Path::new("zfs"))));
+                timed(&format!(
+                    "{send} send {base}{from}@{name} | zstd -q -1 | \
+                     {remote} 'set -o pipefail; zstd -q -d | {receive} receive -u {to}'"
+                ))
+            }
+        }
+    }
+
+    /// Takes away what was sent.
+    pub(crate) fn forget(&self) {
+        match self {
+            Self::Btrfs { receiver, .. } => {
+                let received = receiver.join("received");
+                for name in ["base", "new"] {
+                    run(Command::new("btrfs").args(["-q", "subvolume", "delete"]).arg(received.join(name)));
+                }
+                run(Command::new("btrfs").args(["-q", "subvolume", "sync"]).arg(receiver));
+            }
+            Self::Zfs { receiver, .. } => {
+                for name in ["@new", "@base", ""] {
+                    receiver.zfs(&["destroy", &format!("{}{name}", dataset(receiver))]);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for ByHand {
+    fn drop(&mut self) {
+        if let Self::Zfs { sender, head, .. } = self {
+            // Outside a namespace of its own the mount would stay.
+            let _ = sender.command(Path::new("zfs")).args(["destroy", "-r", &dataset(sender)]).status();
+            let _ = std::fs::remove_dir(head);
+        }
+    }
+}
+
+/// The dataset beside the node's own.
+fn dataset(host: &ZfsHost) -> String {
+    format!("{}-by-hand", host.root())
+}
+
+fn words(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,203 @@
+//! Pushes by flocker and by the pipe that an operator would build by hand from the same file system's own programs:
+//! `… send | zstd -1 | ssh | … receive`, on the same pools, in one run, on loopback.
+//!
+//! `cargo bench -p flocker-tests --bench native`; the settings are in [`Settings`]. Needs root. Both contenders send the
+//! same bytes from the same pool in turn (A B, A B, …); medians are compared. Times end when the data is durable.
+//! Also shown: what a tiny delta costs from the command to its end, with the programs that both daemons started for it,
+//! and what it takes to list many snapshots.
+#![allow(clippy::unwrap_used)]
+
+mod byhand;
+#[path = "../push/ssh.rs"]
+mod ssh;
+
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use flocker_tests::{
+    Cluster, Node, Scratch,
+    data::{scribble, write_random},
+    require,
+};
+
+use crate::{byhand::ByHand, ssh::Ssh};
+
+/// What the environment says.
+struct Settings {
+    /// `FLOCKER_BENCH_SCALE`: 1 is the full size, 1 GiB and 10,000 snapshots.
+    scale: f64,
+    /// `FLOCKER_BENCH_RUNS`: how often each contender runs.
+    runs: usize,
+    /// `FLOCKER_BENCH_CASES`: some of `btrfs,zfs`.
+    cases: String,
+}
+
+impl Settings {
+    fn read() -> Self {
+        let text = |name: &str| std::env::var(name).ok();
+        Self {
+            scale: text("FLOCKER_BENCH_SCALE").and_then(|text| text.parse().ok()).unwrap_or(1.0),
+            runs: text("FLOCKER_BENCH_RUNS").and_then(|text| text.parse().ok()).unwrap_or(3).max(1),
+            cases: text("FLOCKER_BENCH_CASES").unwrap_or_else(|| "btrfs,zfs".to_owned()),
+        }
+    }
+
+    fn scaled(&self, full: u64) -> u64 {
+        ((full as f64 * self.scale) as u64).max(1)
+    }
+}
+
+const FILES: u64 = 4;
+const MEBIBYTE: u64 = 1 << 20;
+
+fn main() {
+    let settings = Settings::read();
+    let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
+    let built = Command::new(cargo).args(["build", "--release", "--locked", "-p", "flocker"]).status().unwrap();
+    assert!(built.success(), "the release binary builds");
+    println!("scale {}, {} runs each, medians; times in seconds", settings.scale, settings.runs);
+    for case in settings.cases.split(',').map(str::trim) {
+        let wanted = match case {
+            "btrfs" => require("btrfs"),
+            "zfs" => flocker_tests::zfs::has_openzfs() || require("zfs-fuse"),
+            other => panic!("FLOCKER_BENCH_CASES has btrfs, zfs; not {other}"),
+        };
+        if wanted && require("ssh") {
+            measure(case, &settings);
+        }
+    }
+}
+
+fn measure(case: &str, settings: &Settings) {
+    let scratch = Scratch::new();
+    let ssh = Ssh::start(&scratch);
+    let (by_hand, options) = ByHand::prepare(case, &scratch);
+    let mut cluster = Cluster::with(scratch, options);
+    let (a, b) = cluster.pair();
+    for node in [&mut *a, &mut *b] {
+        node.log_filter = Some("info,flocker_storage::command=debug".to_owned());
+        node.stop();
+        node.start();
+    }
+    println!("{}:", by_hand.name());
+    deltas(settings, &ssh, &by_hand, a, b);
+    tiny(settings, a, b);
+    listing(settings, a);
+    let peak = |node: &Node| node.peak_resident_bytes() >> 20;
+    println!("  highest resident memory of the daemons: {} and {} MiB", peak(a), peak(b));
+}
+
+/// The first push and 1 % of it changed.
+fn deltas(settings: &Settings, ssh: &Ssh, by_hand: &ByHand, a: &Node, b: &Node) {
+    let mount = a.create_mounted("data");
+    let bytes = settings.scaled(1024 * MEBIBYTE);
+    for number in 0..FILES {
+        write_random(&mount.join(format!("table-{number}")), number, bytes / FILES);
+    }
+    by_hand.copy_head(&mount);
+    a.cli(&["snapshot", "data@base"]).ok();
+    by_hand.snapshot("base");
+    let blocks = (bytes / 100 / 4096 / FILES).max(1) as u32;
+    for number in 0..FILES {
+        let table = format!("table-{number}");
+        scribble(&mount.join(&table), 100 + number, blocks);
+        scribble(&by_hand.head().join(&table), 100 + number, blocks);
+    }
+    a.cli(&["snapshot", "data@new"]).ok();
+    by_hand.snapshot("new");
+
+    let (mut first, mut delta) = (<[Vec<f64>; 2]>::default(), <[Vec<f64>; 2]>::default());
+    for run in 0..settings.runs {
+        let name = format!("data-{run}");
+        first[0].push(push(a, "data@base", &name).0);
+        first[1].push(by_hand.send(ssh, None, "base").as_secs_f64());
+        delta[0].push(push(a, "data@new", &name).0);
+        delta[1].push(by_hand.send(ssh, Some("base"), "new").as_secs_f64());
+        b.cli(&["destroy", &name]).ok();
+        by_hand.forget();
+    }
+    show(&format!("first push of {} MiB", bytes / MEBIBYTE), &mut first);
+    show("1 % of it changed", &mut delta);
+}
+
+/// Pushes under a name; returns the time in seconds and what travelled.
+fn push(a: &Node, snapshot: &str, name: &str) -> (f64, serde_json::Value) {
+    let started = Instant::now();
+    let done = a.cli(&["push", snapshot, "host-b", "--as", name]).ok();
+    (started.elapsed().as_secs_f64(), done.json())
+}
+
+/// What a delta of one small file costs, and how many programs it takes.
+fn tiny(settings: &Settings, a: &Node, b: &Node) {
+    let mount = a.create_mounted("tiny");
+    fs::write(mount.join("file"), "0").unwrap();
+    a.cli(&["snapshot", "tiny@s0"]).ok();
+    push(a, "tiny@s0", "tiny");
+    let mut times = Vec::new();
+    let mut programs = 0;
+    for run in 1..=settings.runs.max(5) {
+        fs::write(mount.join("file"), run.to_string()).unwrap();
+        let snapshot = format!("tiny@s{run}");
+        a.cli(&["snapshot", &snapshot]).ok();
+        let before = started_programs(a) + started_programs(b);
+        times.push(push(a, &snapshot, "tiny").0);
+        programs = started_programs(a) + started_programs(b) - before;
+    }
+    let median = median(&mut times);
+    println!("  a tiny delta, from the command to its end: {median:.3} s, {programs} programs started by both daemons");
+}
+
+/// How long it takes to list many snapshots from the pool, as a daemon does when it starts.
+fn listing(settings: &Settings, a: &mut Node) {
+    let count = settings.scaled(10_000);
+    a.cli(&["create", "many"]).ok();
+    for number in 0..count {
+        let body = serde_json::json!({ "name": format!("s{number}") });
+        a.http("POST", "/v1/volumes/many/snapshots", Some(&body)).is(201);
+    }
+    a.stop();
+    let before = started_programs(a);
+    let started = Instant::now();
+    a.start();
+    let took = started.elapsed();
+    let listed = a.cli(&["snapshots", "many"]).ok().json().as_array().unwrap().len() as u64;
+    assert_eq!(listed, count);
+    let programs = started_programs(a) - before;
+    println!("  start with {count} snapshots in one volume: {:.2} s, {programs} programs started", took.as_secs_f64());
+}
+
+/// Counts the programs that a daemon has started so far, by its log.
+fn started_programs(node: &Node) -> usize {
+    node.log_text().matches("starts a program").count()
+}
+
+fn show(what: &str, times: &mut [Vec<f64>; 2]) {
+    let spread = |times: &[f64]| {
+        let (low, high) = times.iter().fold((f64::INFINITY, 0.0_f64), |(low, high), t| (low.min(*t), high.max(*t)));
+        format!("{low:.2}–{high:.2}")
+    };
+    let spreads = [spread(&times[0]), spread(&times[1])];
+    let [flocker, by_hand] = times.each_mut().map(|times| median(times));
+    println!(
+        "  {what:<28} flocker {flocker:.2} ({}), by hand {by_hand:.2} ({}): by hand takes {:.2} times as long",
+        spreads[0],
+        spreads[1],
+        by_hand / flocker
+    );
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    let middle = times.len() / 2;
+    if times.len() % 2 == 1 { times[middle] } else { f64::midpoint(times[middle - 1], times[middle]) }
+}
+
+/// Runs a shell line whose every part must succeed.
+fn timed(script: &str) -> Duration {
+    let started = Instant::now();
+    flocker_tests::scratch::run(Command::new("bash").args(["-o", "pipefail", "-ec", script]));
+    started.elapsed()
+}
