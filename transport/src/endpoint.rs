@@ -4,7 +4,7 @@
 //! business; who is let in, [`crate::tls`]'s.
 
 use std::{
-    net::{SocketAddr, UdpSocket},
+    net::SocketAddr,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -17,13 +17,12 @@ use crate::{
     close::CloseCode,
     connection::Connection,
     error::{Error, ErrorKind, PeerFault, Result},
+    socket::Socket,
     tls::{self, Credentials, TLS_NAME, Verdict},
 };
 
 /// Larger packets do not pay: above about 6,550 bytes a batch of ten no longer fits one send, and discovery falls back.
 const MTU_UPPER_BOUND: u16 = 6_500;
-/// Asked of the kernel for the socket, which may give less; a burst of a whole round trip fits.
-const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
 /// How long `shutdown` waits until the peers know.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
@@ -81,20 +80,20 @@ struct Shared {
 impl Endpoint {
     /// Binds the address. Must be called within a tokio runtime.
     pub fn bind(addr: SocketAddr, identity: Arc<Identity>, limits: Limits) -> Result<Self> {
-        let failed = |kind| Error::new("listen on", addr, kind);
-        let io = |error| failed(ErrorKind::from_io(error));
+        let socket = Socket::bind(addr).map_err(|error| Error::new("listen on", addr, ErrorKind::from_io(error)))?;
+        Self::on(socket, identity, limits)
+    }
+
+    /// Uses a socket that is bound already. Must be called within a tokio runtime.
+    pub fn on(socket: Socket, identity: Arc<Identity>, limits: Limits) -> Result<Self> {
+        let Socket { udp, runtime, config } = socket;
+        let addr = udp.local_addr().map_or_else(|_| "a socket".to_owned(), |addr| addr.to_string());
+        let failed = |kind| Error::new("listen on", &addr, kind);
         let credentials = Credentials::new(&identity).map_err(failed)?;
         let transport = Arc::new(transport(&limits));
         let initial = server_config(&credentials, Vec::new(), None, Verdict::default(), &transport).map_err(failed)?;
-        let socket = UdpSocket::bind(addr).map_err(io)?;
-        widen_buffers(&socket);
-        let quic = quinn::Endpoint::new(
-            quinn::EndpointConfig::default(),
-            Some(initial),
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(io)?;
+        let quic = quinn::Endpoint::new_with_abstract_socket(config, Some(initial), udp, runtime)
+            .map_err(|error| failed(ErrorKind::from_io(error)))?;
         let shared =
             Shared { credentials: RwLock::new(Arc::new(credentials)), check: RwLock::new(None), transport, limits };
         Ok(Self { quic, shared: Arc::new(shared) })
@@ -312,18 +311,6 @@ impl std::fmt::Debug for Arrival {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Arrival").field("remote_addr", &self.remote_addr()).finish_non_exhaustive()
     }
-}
-
-/// Best effort: the kernel caps the sizes for users without `CAP_NET_ADMIN` (net.core.rmem_max), and a small buffer only costs
-/// speed: a burst overruns it, and the congestion controller slows down.
-fn widen_buffers(socket: &UdpSocket) {
-    use rustix::net::sockopt::{
-        set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
-    };
-    if set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER).is_err() {
-        let _ = set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
-    }
-    let _ = set_socket_send_buffer_size(socket, SOCKET_BUFFER);
 }
 
 fn warn_of_rejection(error: &Error, what: &'static str) {

@@ -15,6 +15,7 @@ mod endpoint;
 mod error;
 mod exchange;
 mod router;
+mod socket;
 mod tls;
 
 pub use bulk::{
@@ -28,6 +29,7 @@ pub use endpoint::{Access, Arrival, Endpoint, Limits, PeerCheck, Protocol, conne
 pub use error::{Error, ErrorKind, PeerFault, Result};
 pub use exchange::Exchange;
 pub use router::{Handler, Router};
+pub use socket::Socket;
 
 /// The protocol of members.
 pub const ALPN: &[u8] = b"flocker/1";

@@ -1,0 +1,53 @@
+//! What an endpoint sends and receives through: the operating system's UDP, or a network made for a test.
+//!
+//! The one seam to quinn's socket and runtime traits. Refuses to know what travels. Neighbour: [`crate::endpoint`].
+
+use std::{
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+};
+
+use quinn::{AsyncUdpSocket, EndpointConfig, Runtime, TokioRuntime};
+
+/// Asked of the kernel for the socket, which may give less; a burst of a whole round trip fits.
+const BUFFER: usize = 4 * 1024 * 1024;
+
+/// A bound socket, what drives it, and QUIC's parameters for it.
+#[derive(Debug)]
+pub struct Socket {
+    pub(crate) udp: Arc<dyn AsyncUdpSocket>,
+    pub(crate) runtime: Arc<dyn Runtime>,
+    pub(crate) config: EndpointConfig,
+}
+
+impl Socket {
+    /// Binds an address of this machine. Must be called within a tokio runtime.
+    pub fn bind(addr: SocketAddr) -> io::Result<Self> {
+        let socket = UdpSocket::bind(addr)?;
+        widen_buffers(&socket);
+        let runtime = TokioRuntime;
+        Ok(Self {
+            udp: runtime.wrap_udp_socket(socket)?,
+            runtime: Arc::new(runtime),
+            config: EndpointConfig::default(),
+        })
+    }
+
+    /// Takes a socket of another network. Its tasks and timers are tokio's; `config` may carry a seed.
+    pub fn over(udp: Arc<dyn AsyncUdpSocket>, config: EndpointConfig) -> Self {
+        Self { udp, runtime: Arc::new(TokioRuntime), config }
+    }
+}
+
+/// Best effort: the kernel caps the sizes for users without `CAP_NET_ADMIN` (net.core.rmem_max), and a small buffer only costs
+/// speed: a burst overruns it, and the congestion controller slows down.
+fn widen_buffers(socket: &UdpSocket) {
+    use rustix::net::sockopt::{
+        set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
+    };
+    if set_socket_recv_buffer_size_force(socket, BUFFER).is_err() {
+        let _ = set_socket_recv_buffer_size(socket, BUFFER);
+    }
+    let _ = set_socket_send_buffer_size(socket, BUFFER);
+}
