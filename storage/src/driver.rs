@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
-    error::Result,
+    error::{Error, Result},
     model::{HeadState, HeldSnapshot, Lineage, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
+    tree::{root::Root, walk::Links, weave::TreeView},
 };
 
 /// A storage driver on one open pool. The pool is locked against a second opener until the value is dropped.
@@ -55,6 +56,18 @@ pub trait Driver: Send + Sync {
     async fn attach(&self, target: Target, access: Access) -> Result<PathBuf>;
     /// Takes the path back. Idempotent.
     async fn detach(&self, target: Target) -> Result<()>;
+
+    /// Opens a head or a snapshot to be read, whoever else uses it. It stays readable while the view lives; a snapshot
+    /// must not be destroyed meanwhile. A driver that counts those who read overrides this: here the target stays attached.
+    async fn view(&self, target: Target) -> Result<TreeView> {
+        let path = self.attach(target, Access::ReadOnly).await?;
+        let opened = tokio::task::spawn_blocking(move || Root::open(path)).await;
+        let root = opened.map_err(|error| Error::io("open", "tree", std::io::Error::other(error)))??;
+        Ok(match target {
+            Target::Head(_) => TreeView::live(root),
+            Target::Snapshot(..) => TreeView::still(root, Links::ByInode),
+        })
+    }
 
     /// Returns the volume's snapshots along its origins.
     async fn lineage(&self, volume: VolumeId) -> Result<Lineage>;

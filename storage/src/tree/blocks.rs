@@ -78,6 +78,12 @@ impl Blocks {
         Self { target, base, shared, offset, window, base_window, rest: None }
     }
 
+    /// Reads what both seem to share, too: of a file that is being written the kernel may tell extents of before.
+    pub(super) fn unshared(mut self) -> Self {
+        self.shared = None;
+        self
+    }
+
     pub(super) fn into_buffers(self) -> (Vec<u8>, Vec<u8>) {
         (self.window, self.base_window)
     }

@@ -9,8 +9,10 @@
 pub mod apply;
 mod blocks;
 mod builder;
+pub mod compose;
 pub mod copy;
 mod data;
+pub mod diff;
 pub mod entry;
 mod extents;
 mod findings;
@@ -21,6 +23,7 @@ pub mod listing;
 pub mod path;
 pub mod root;
 pub mod walk;
+pub mod weave;
 mod wire;
 pub mod write;
 mod xattr;

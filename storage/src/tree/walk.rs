@@ -61,6 +61,8 @@ pub struct Walk {
     findings: Findings,
     position: Position,
     last_type: FileType,
+    /// What the inode is, where the last entry is a further name of one.
+    linked_kind: Option<EntryKind>,
 }
 
 #[derive(Debug)]
@@ -95,6 +97,7 @@ impl Walk {
             findings: Findings::default(),
             position: Position::Start,
             last_type: FileType::Unknown,
+            linked_kind: None,
         }
     }
 
@@ -120,9 +123,19 @@ impl Walk {
         opened.map_err(|error| read_error("open", self.dirs.show(name), error))
     }
 
+    /// Returns the tree's root.
+    pub(super) fn root(&self) -> &Root {
+        self.dirs.root()
+    }
+
     /// Returns the type of the entry that was returned last; for a hard link, that of its inode.
     pub(super) fn last_type(&self) -> FileType {
         self.last_type
+    }
+
+    /// Returns what the inode of the entry that was returned last is, where that entry is a hard link.
+    pub(super) fn linked_kind(&self) -> Option<&EntryKind> {
+        self.linked_kind.as_ref()
     }
 
     /// Returns what the inventory says about the entry that was returned last.
@@ -223,6 +236,7 @@ impl Walk {
         let status = Status::from(rustix::fs::statx(directory, name, flags, StatxFlags::BASIC_STATS)?);
         let mut stat = status.stat;
         self.last_type = status.file_type;
+        self.linked_kind = None;
         let mut kind = match status.file_type {
             FileType::Directory => EntryKind::Directory,
             FileType::RegularFile => EntryKind::File { size: stat.size },
@@ -239,7 +253,7 @@ impl Walk {
             Attributes::OnDemand => Vec::new(),
         };
         if let Some(to) = self.groups.place(path, &kind, &mut stat) {
-            kind = EntryKind::HardLink { to };
+            self.linked_kind = Some(std::mem::replace(&mut kind, EntryKind::HardLink { to }));
         }
         let (mode, uid, gid) = (status.mode, status.uid, status.gid);
         Ok(Some(Entry { path: path.clone(), kind, mode, uid, gid, mtime: stat.mtime, xattrs, stat }))

@@ -23,6 +23,7 @@ use rustix::{
 use super::{
     blocks::{Blocks, Found, Version},
     entry::{Entry, EntryKind, Metadata},
+    inventory::InventoryEntry,
     path::TreePath,
     root::Root,
     walk::{Attributes, Links, Motion, Walk},
@@ -50,6 +51,42 @@ pub struct Side {
     pub links: Links,
 }
 
+/// The tree that a delta leads to: one that is walked, or one that is put together of several.
+pub(super) trait Target: std::fmt::Debug + Send {
+    /// Returns the next entry in walk order; its attributes may be left out.
+    fn next(&mut self) -> Result<Option<Entry>>;
+    /// Reads the attributes of the entry that was returned last.
+    fn load_attributes(&mut self, entry: &mut Entry) -> Result<()>;
+    /// Opens the file that was returned last.
+    fn open_last(&mut self) -> Result<std::os::fd::OwnedFd>;
+    /// Returns what an inventory says about the entry that was returned last.
+    fn recorded(&self) -> Option<&InventoryEntry>;
+    /// Returns what was left out.
+    fn take_findings(&mut self) -> Vec<Finding>;
+}
+
+impl Target for Walk {
+    fn next(&mut self) -> Result<Option<Entry>> {
+        Iterator::next(self).transpose()
+    }
+
+    fn load_attributes(&mut self, entry: &mut Entry) -> Result<()> {
+        Self::load_attributes(self, entry)
+    }
+
+    fn open_last(&mut self) -> Result<std::os::fd::OwnedFd> {
+        Self::open_last(self, OFlags::RDONLY)
+    }
+
+    fn recorded(&self) -> Option<&InventoryEntry> {
+        Self::recorded(self)
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        Self::take_findings(self)
+    }
+}
+
 /// Totals of a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Summary {
@@ -62,8 +99,8 @@ pub struct Summary {
 /// Produces a delta as chunks. The same two trees give the same bytes. After an error it must be dropped.
 #[derive(Debug)]
 pub struct DeltaWriter {
-    base: Option<Ahead>,
-    target: Ahead,
+    base: Option<Ahead<Walk>>,
+    target: Ahead<Box<dyn Target>>,
     compare: Compare,
     /// Where the stream starts; `None` once that was passed.
     resume: Option<Position>,
@@ -102,10 +139,23 @@ struct FileJob {
 impl DeltaWriter {
     /// Starts a delta from `base` (nothing where there is none) to `target`, going on at `resume`.
     pub fn new(base: Option<Side>, target: Side, compare: Compare, resume: Option<&ResumePoint>) -> Result<Self> {
+        let shown = target.root.path().display().to_string();
+        Self::to(base, Box::new(walk(target)), shown, compare, resume)
+    }
+
+    /// Starts a delta to any tree; `shown` names it in messages.
+    pub(super) fn to(
+        base: Option<Side>,
+        target: Box<dyn Target>,
+        shown: String,
+        compare: Compare,
+        resume: Option<&ResumePoint>,
+    ) -> Result<Self> {
         let resume = resume.map(Position::from_point).transpose()?;
+        let base = base.map(|base| Ahead::new(base.root.path().display().to_string(), walk(base)));
         let mut writer = Self {
-            base: base.map(Ahead::new).transpose()?,
-            target: Ahead::new(target)?,
+            base: base.transpose()?,
+            target: Ahead::new(shown, target)?,
             compare,
             resume: resume.clone(),
             out: Output::new(),
@@ -347,7 +397,7 @@ impl DeltaWriter {
         }
         let basis = if old.is_some() { Basis::Existing } else { Basis::Fresh };
         send |= basis == Basis::Fresh;
-        let file = Version::new(self.target.walk.open_last(OFlags::RDONLY)?, size);
+        let file = Version::new(self.target.walk.open_last()?, size);
         advise(&file);
         let start = if same_contents { size } else { from.unwrap_or(0) };
         let job = FileJob {
@@ -416,16 +466,16 @@ impl DeltaWriter {
         if target.stat.is_unchanged_since(&base.stat) {
             return true;
         }
-        let origin = |ahead: &Ahead| ahead.walk.recorded().and_then(|recorded| recorded.origin);
-        let origins = (self.base.as_ref().and_then(origin), origin(&self.target));
+        let base = self.base.as_ref().and_then(|base| base.walk.recorded());
+        let origins = (base.and_then(|base| base.origin), self.target.walk.recorded().and_then(|target| target.origin));
         matches!(origins, (Some(base), Some(target)) if target.is_unchanged_since(&base))
     }
 
     /// Tells whether both inventories hold the same digest for the entries at hand.
     fn has_equal_digest(&self) -> bool {
-        let digest = |ahead: &Ahead| ahead.walk.recorded().and_then(|recorded| recorded.digest);
-        let base = self.base.as_ref().and_then(digest);
-        self.compare == Compare::Metadata && base.is_some() && base == digest(&self.target)
+        let base = self.base.as_ref().and_then(|base| base.walk.recorded()).and_then(|base| base.digest);
+        let target = self.target.walk.recorded().and_then(|target| target.digest);
+        self.compare == Compare::Metadata && base.is_some() && base == target
     }
 
     fn load_base(&mut self, entry: &mut Entry) -> Result<()> {
@@ -462,31 +512,55 @@ impl DeltaWriter {
     }
 }
 
+fn walk(side: Side) -> Walk {
+    Walk::with(side.root, side.links, Motion::Still, Attributes::OnDemand)
+}
+
 /// A walk and the entry it stands at. The walk is moved on only after that entry was dealt with, so that the entry's
 /// file can still be opened.
 #[derive(Debug)]
-struct Ahead {
-    walk: Walk,
+struct Ahead<W> {
+    walk: W,
     next: Option<Entry>,
     shown: String,
 }
 
-impl Ahead {
-    fn new(side: Side) -> Result<Self> {
-        let shown = side.root.path().display().to_string();
-        let walk = Walk::with(side.root, side.links, Motion::Still, Attributes::OnDemand);
+impl<W: Target> Ahead<W> {
+    fn new(shown: String, walk: W) -> Result<Self> {
         let mut ahead = Self { walk, next: None, shown };
         ahead.advance()?;
         Ok(ahead)
     }
 
     fn advance(&mut self) -> Result<()> {
-        self.next = self.walk.next().transpose()?;
+        self.next = self.walk.next()?;
         Ok(())
     }
 
     fn walk_root(&self) -> &str {
         &self.shown
+    }
+}
+
+impl Target for Box<dyn Target> {
+    fn next(&mut self) -> Result<Option<Entry>> {
+        (**self).next()
+    }
+
+    fn load_attributes(&mut self, entry: &mut Entry) -> Result<()> {
+        (**self).load_attributes(entry)
+    }
+
+    fn open_last(&mut self) -> Result<std::os::fd::OwnedFd> {
+        (**self).open_last()
+    }
+
+    fn recorded(&self) -> Option<&InventoryEntry> {
+        (**self).recorded()
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        (**self).take_findings()
     }
 }
 

@@ -12,7 +12,11 @@ use crate::{
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, Role, SnapshotKey, VolumeId, VolumeRecord},
-    tree::{root::Root, walk::Walk},
+    tree::{
+        root::Root,
+        walk::{Links, Walk},
+        weave::TreeView,
+    },
 };
 
 impl Pool {
@@ -165,6 +169,22 @@ impl Pool {
         }
         self.materialise_head(operation, volume)?;
         Ok((head, None))
+    }
+
+    /// Opens a target to be read, without taking it: nobody is in the way of it.
+    pub(super) fn view(self: &Arc<Self>, target: Target) -> Result<TreeView> {
+        const OPERATION: &str = "read";
+        let (path, serves) = match target {
+            Target::Snapshot(volume, snapshot) => {
+                let key = SnapshotKey { volume, snapshot };
+                (self.tree_dir(key), Some(key))
+            }
+            Target::Head(volume) => self.head_to_attach(OPERATION, volume, Access::ReadOnly)?,
+        };
+        let Some(key) = serves else { return Ok(TreeView::live(Root::open(path)?)) };
+        let begun = self.stored(OPERATION, key)?.snapshot.created;
+        self.refuse_tampered(OPERATION, key)?;
+        Ok(TreeView::still(Root::open(path)?, Links::ByInode).begun(begun))
     }
 
     pub(super) fn detach(&self, target: Target) {

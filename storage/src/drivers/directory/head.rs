@@ -33,6 +33,7 @@ use crate::{
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
         root::Root,
         walk::{Links, Walk},
+        weave::TreeView,
     },
 };
 
@@ -308,6 +309,23 @@ impl Pool {
         }
         self.materialise_head(operation, volume)?;
         Ok((head, None))
+    }
+
+    /// Opens a target to be read, without taking it: nobody is in the way of it.
+    pub(super) fn view(self: &Arc<Self>, target: Target) -> Result<TreeView> {
+        const OPERATION: &str = "read";
+        let (path, serves) = match target {
+            Target::Snapshot(volume, snapshot) => {
+                let key = SnapshotKey { volume, snapshot };
+                (self.tree_dir(key), Some(key))
+            }
+            Target::Head(volume) => self.head_to_attach(OPERATION, volume, Access::ReadOnly)?,
+        };
+        let Some(key) = serves else { return Ok(TreeView::live(Root::open(path)?)) };
+        let begun = self.stored(OPERATION, key)?.snapshot.created;
+        self.refuse_tampered(OPERATION, key)?;
+        let inventory = InventoryReader::open(&self.inventory_path(key))?;
+        Ok(TreeView::still(Root::open(path)?, Links::Inventory(Box::new(inventory))).begun(begun))
     }
 
     pub(super) fn detach(&self, target: Target) {

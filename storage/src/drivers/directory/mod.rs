@@ -31,6 +31,7 @@ use crate::{
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
     error::{Error, ErrorKind, Result},
     model::{HeadState, Lineage, SnapshotKey, VolumeId, VolumeRecord},
+    tree::weave::TreeView,
 };
 
 /// The driver's name before the colon of a pool.
@@ -163,6 +164,10 @@ impl Driver for DirectoryDriver {
     async fn detach(&self, target: Target) -> Result<()> {
         self.pool.detach(target);
         Ok(())
+    }
+
+    async fn view(&self, target: Target) -> Result<TreeView> {
+        self.with("read", move |pool| pool.view(target)).await
     }
 
     async fn lineage(&self, volume: VolumeId) -> Result<Lineage> {
