@@ -1,11 +1,31 @@
 //! Fault points: places where a test makes the process die, compiled in for tests only.
 //!
 //! With the feature `fault-points`, `FLOCKER_FAULT=NAME` kills the process with SIGKILL when it passes the point of that
-//! name, `FLOCKER_FAULT=NAME:N` at the Nth pass. Without the feature the call is empty.
+//! name, `FLOCKER_FAULT=NAME:N` at the Nth pass. With the feature `simulation`, a simulation decides. Without them the calls
+//! are empty.
 
-/// Dies here when the environment asks for it.
-#[cfg(feature = "fault-points")]
+/// Dies here when a test asks for it.
+#[inline]
 pub fn point(name: &str) {
+    #[cfg(feature = "simulation")]
+    if let Some(hooks) = crate::simulation::hooks() {
+        hooks.passed(name);
+    }
+    die_by_environment(name);
+}
+
+/// Tells whether a test has put a bug back that was fixed.
+#[inline]
+pub fn is_put_back(_bug: &str) -> bool {
+    #[cfg(feature = "simulation")]
+    if let Some(hooks) = crate::simulation::hooks() {
+        return hooks.is_put_back(_bug);
+    }
+    false
+}
+
+#[cfg(feature = "fault-points")]
+fn die_by_environment(name: &str) {
     use std::sync::atomic::{AtomicU32, Ordering};
     static PASSES: AtomicU32 = AtomicU32::new(0);
     let Ok(wanted) = std::env::var("FLOCKER_FAULT") else { return };
@@ -20,7 +40,6 @@ pub fn point(name: &str) {
     }
 }
 
-/// Does nothing: fault points are not compiled in.
 #[cfg(not(feature = "fault-points"))]
 #[inline]
-pub fn point(_name: &str) {}
+fn die_by_environment(_name: &str) {}

@@ -5,6 +5,7 @@
 //! # Non-goals
 //! Peers, transfers and policies: this crate knows one pool on one machine.
 
+pub mod clock;
 pub mod command;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -15,4 +16,6 @@ pub mod error;
 pub mod fault;
 pub mod model;
 pub mod records;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 pub mod tree;

@@ -108,7 +108,7 @@ macro_rules! id_type {
         impl $name {
             /// Mints a new id (UUIDv7: the time in its upper bits, randomness below).
             pub fn mint() -> Self {
-                Self(Uuid::now_v7())
+                Self(crate::clock::mint())
             }
             /// Returns the last eight hexadecimal digits: the random part, short enough to read aloud.
             pub fn short(&self) -> String {

@@ -13,6 +13,8 @@ use crate::{
 pub mod btrfs;
 #[cfg(feature = "directory")]
 pub mod directory;
+#[cfg(feature = "memory")]
+pub mod memory;
 
 /// The names of the drivers compiled in.
 pub const DRIVERS: &[&str] = &[
@@ -20,6 +22,8 @@ pub const DRIVERS: &[&str] = &[
     directory::NAME,
     #[cfg(feature = "btrfs")]
     btrfs::NAME,
+    #[cfg(feature = "memory")]
+    memory::NAME,
 ];
 
 /// A pool as the user writes it: `DRIVER:PLACE`, for example `directory:/var/lib/flocker/pool`.
@@ -88,6 +92,8 @@ pub async fn open(spec: &PoolSpec) -> Result<Arc<dyn Driver>> {
         directory::NAME => Ok(Arc::new(directory::DirectoryDriver::open(spec).await?)),
         #[cfg(feature = "btrfs")]
         btrfs::NAME => Ok(Arc::new(btrfs::BtrfsDriver::open(spec).await?)),
+        #[cfg(feature = "memory")]
+        memory::NAME => Ok(Arc::new(memory::MemoryDriver::open(spec).await?)),
         other => Err(Error::new("open pool", spec, ErrorKind::Unsupported(format!("there is no driver {other:?}")))),
     }
 }
