@@ -124,6 +124,10 @@ impl Paths {
     }
 }
 
+/// Why a configuration may not have its pool wiped.
+pub(crate) const WIPE_IS_NOT_KEPT: &str = "wipe is not kept in the configuration, where it would hold for whatever the \
+    file or device is the next time; start the node once with `flocker node start --wipe`";
+
 /// What a peer may do with a volume here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -28,7 +28,7 @@ use crate::{
     api,
     api::types::{ApiProblem, NodeResource, PoolResource},
     catalog::{Catalog, Pins},
-    config::{Config, ConfigError, DEFAULT_PORT, Paths},
+    config::{Config, ConfigError, DEFAULT_PORT, Paths, WIPE_IS_NOT_KEPT},
     inbox::Inbox,
     mounts::{Mounts, symlink_note},
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
@@ -54,6 +54,8 @@ pub struct DaemonRequest {
     pub config_file: Option<PathBuf>,
     /// Where to listen, instead of the configured address.
     pub listen: Option<SocketAddr>,
+    /// Whether the pool's file or device is formatted, whatever it holds (but a pool of flocker). For one start only.
+    pub wipe: bool,
     /// Called once the API answers.
     pub ready: Box<dyn FnOnce(&NodeResource) + Send>,
     /// Stops the node when cancelled (SIGTERM and SIGINT do, too).
@@ -121,9 +123,23 @@ pub(crate) struct Node {
     listen: SocketAddr,
 }
 
+/// Returns the configured pool. Whether it is wiped is said by each start, never by the configuration.
+fn pool_of(
+    config: &Config,
+    paths: &Paths,
+    wipe: bool,
+) -> std::result::Result<PoolSpec, Box<dyn std::error::Error + Send + Sync>> {
+    let pool = config.pool.clone().unwrap_or_else(|| paths.default_pool());
+    let spec: PoolSpec = pool.parse()?;
+    if spec.wipes() {
+        return Err(WIPE_IS_NOT_KEPT.into());
+    }
+    Ok(if wipe { spec.wiping()? } else { spec })
+}
+
 /// Runs a node until it is told to stop.
 pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError> {
-    let DaemonRequest { paths, config_file, listen, ready, stop } = request;
+    let DaemonRequest { paths, config_file, listen, wipe, ready, stop } = request;
     let signals = Signals::install();
     let config_path = config_file.unwrap_or_else(|| paths.config.clone());
     if !config_path.exists() {
@@ -134,9 +150,10 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
         CertErrorKind::NotFound => DaemonError::NotInitialised(paths.state.clone()),
         _ => DaemonError::Identity(error),
     })?;
+    let spec = pool_of(&config, &paths, wipe).map_err(DaemonError::Pool)?;
     let _lock = lock_state(&paths)?;
     let listener = listen_for_api(&paths).await?;
-    let node = Node::open(paths, config, identity, listen).await?;
+    let node = Node::open(paths, config, identity, listen, &spec).await?;
     let router = Router::new()
         .members(ALPN, Arc::new(Replication(node.clone())))
         .members(MEMBER_ALPN, Arc::new(Membership(node.clone())))
@@ -230,6 +247,7 @@ impl Node {
         config: Config,
         identity: Identity,
         listen: Option<SocketAddr>,
+        spec: &PoolSpec,
     ) -> std::result::Result<Arc<Self>, DaemonError> {
         let start = |error: ApiProblem| DaemonError::Start(error);
         let authority = match Authority::load(&paths.authority()) {
@@ -237,9 +255,7 @@ impl Node {
             Err(error) if matches!(error.kind, CertErrorKind::NotFound) => None,
             Err(error) => return Err(DaemonError::Identity(error)),
         };
-        let pool = config.pool.clone().unwrap_or_else(|| paths.default_pool());
-        let spec: PoolSpec = pool.parse().map_err(|error| DaemonError::Pool(Box::new(error)))?;
-        let driver = drivers::open(&spec).await.map_err(|error| DaemonError::Pool(Box::new(error)))?;
+        let driver = drivers::open(spec).await.map_err(|error| DaemonError::Pool(Box::new(error)))?;
         let state = State::open(&paths.database()).map_err(|error| start(error.into()))?;
         let peers = Peers::load(&state).await.map_err(start)?;
         let transfers = Transfers::load(&state).await.map_err(start)?;

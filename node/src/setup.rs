@@ -13,7 +13,7 @@ use flocker_transport::{CloseCode, ENROL_ALPN, Limits, connect_newcomer};
 use jiff::Timestamp;
 
 use crate::{
-    config::{Config, ConfigError, Paths},
+    config::{Config, ConfigError, Paths, WIPE_IS_NOT_KEPT},
     peers::{CERTIFICATE_TTL, resolve},
     state::{PeerRow, State},
 };
@@ -157,8 +157,13 @@ fn prepare(paths: &Paths, request: &NodeRequest) -> Result<Prepared, SetupError>
         }
     };
     let pool = request.pool.clone().unwrap_or_else(|| paths.default_pool());
-    if let Err(error) = pool.parse::<PoolSpec>() {
-        return Err(SetupError::Pool { pool, source: Box::new(error) });
+    let checked = match pool.parse::<PoolSpec>() {
+        Ok(spec) if spec.wipes() => Err(WIPE_IS_NOT_KEPT.into()),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.into()),
+    };
+    if let Err(source) = checked {
+        return Err(SetupError::Pool { pool, source });
     }
     let config = Config {
         name: name.clone(),

@@ -29,6 +29,14 @@ async fn btrfs_passes_on_a_loop_file() {
     conformance::run(|| Folders::of("btrfs", mount.path())).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn btrfs_passes_where_quotas_are_on() {
+    let Some(mount) = LoopMount::try_new("btrfs", 4 << 30, &["-q"]) else { return };
+    let enabled = std::process::Command::new("btrfs").args(["quota", "enable"]).arg(mount.path()).status().unwrap();
+    assert!(enabled.success(), "{enabled}");
+    conformance::run(|| Folders::of("btrfs", mount.path())).await;
+}
+
 /// Root runs the suite once more as somebody who may do little: this binary, copied to where that user can read it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn directory_passes_as_an_ordinary_user() {

@@ -301,8 +301,17 @@ async fn die_at_each(points: &'static [&'static str], mount: Option<&Path>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_receive_that_was_killed_goes_on_from_its_last_checkpoint() {
-    let point = "directory.receive.checkpoint";
-    let place = built(point, None).await;
+    goes_on_from_its_last_checkpoint("directory.receive.checkpoint", None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portable_receive_on_btrfs_that_was_killed_goes_on_from_its_last_checkpoint() {
+    let Some(mount) = support::LoopMount::try_new("btrfs", 2 << 30, &["-q"]) else { return };
+    goes_on_from_its_last_checkpoint("btrfs.receive.checkpoint", Some(mount.path())).await;
+}
+
+async fn goes_on_from_its_last_checkpoint(point: &str, mount: Option<&Path>) {
+    let place = built(point, mount).await;
     assert!(kill_at(place.path(), point, 1));
     let pool = open(&place.path().join("pool")).await.unwrap();
     let sender = open(&place.path().join("sender")).await.unwrap();

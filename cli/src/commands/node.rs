@@ -58,6 +58,9 @@ pub(super) struct StartArgs {
     /// Where to listen for peers
     #[arg(long, value_name = "ADDRESS:PORT", env = "FLOCKER_LISTEN")]
     listen: Option<SocketAddr>,
+    /// Format the pool's file or device, whatever it holds (but a pool of flocker)
+    #[arg(long)]
+    wipe: bool,
     /// Stay in the foreground (it always does)
     #[arg(long)]
     foreground: bool,
@@ -87,7 +90,7 @@ impl Session<'_> {
     }
 
     pub(super) async fn node_start(&self, args: StartArgs) -> anyhow::Result<()> {
-        let StartArgs { config, listen, foreground: _ } = args;
+        let StartArgs { config, listen, wipe, foreground: _ } = args;
         if config.is_none() && !self.paths.config.exists() {
             let missing = format!("there is no node in {}", self.paths.state.display());
             let command = report::command_for(self.paths);
@@ -97,8 +100,14 @@ impl Session<'_> {
         log_to_stderr();
         // SIGINT and SIGTERM stop the daemon by themselves; this call has no other reason to.
         let stop = CancellationToken::new();
-        let request =
-            DaemonRequest { paths: self.paths.clone(), config_file: config, listen, ready: Box::new(|_| ()), stop };
+        let request = DaemonRequest {
+            paths: self.paths.clone(),
+            config_file: config,
+            listen,
+            wipe,
+            ready: Box::new(|_| ()),
+            stop,
+        };
         daemon::run(request).await.context("the daemon has failed")
     }
 

@@ -1,6 +1,6 @@
 //! Cases on one pool: the verbs, what they refuse, and what is there after a reopen.
 
-use std::fs;
+use std::{fs, io, path::Path};
 
 use super::{
     Bench, Case, furnish, look, look_at, look_at_head, refurbish, refused, snapshot, state, take, volume, write,
@@ -422,13 +422,41 @@ async fn locked(bench: &Bench) {
 
 async fn quota(bench: &Bench) {
     let driver = bench.open("a").await;
-    let limited = VolumeRecord { quota_bytes: Some(1 << 30), ..volume("limited") };
-    if driver.capabilities().quota {
-        driver.create(&limited).await.expect("created");
-    } else {
+    let limited = VolumeRecord { quota_bytes: Some(QUOTA), ..volume("limited") };
+    if !driver.capabilities().quota {
         refused(driver.create(&limited).await, "no quota here", |kind| matches!(kind, ErrorKind::Unsupported(_)));
         assert!(driver.scan().await.expect("a scan").volumes.is_empty());
+        return;
     }
+    let free = volume("free");
+    driver.create(&limited).await.expect("created");
+    driver.create(&free).await.expect("created");
+    write(&*driver, limited.id, |head| {
+        let error = fill(head, 4 * QUOTA).expect_err("the quota was passed");
+        assert!(matches!(ErrorKind::from_io(error), ErrorKind::NoSpace));
+    })
+    .await;
+    write(&*driver, free.id, |head| fill(head, 2 * QUOTA).expect("only the other volume is limited")).await;
+    let held = take(&*driver, limited.id, "full").await;
+    assert_eq!(driver.verify(held.key(), Compare::Contents).await.expect("verified"), []);
+}
+
+/// The quota of a volume, in bytes.
+const QUOTA: u64 = 16 << 20;
+
+/// Writes data that no file system stores in less, durably piece by piece.
+fn fill(head: &Path, bytes: u64) -> io::Result<()> {
+    let file = fs::File::create(head.join("filler"))?;
+    let mut seed = 1_u64;
+    for _ in 0..bytes >> 20 {
+        let words = (0..1 << 17).flat_map(|_| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            seed.rotate_left(29).to_le_bytes()
+        });
+        io::Write::write_all(&mut &file, &words.collect::<Vec<_>>())?;
+        file.sync_data()?;
+    }
+    Ok(())
 }
 
 async fn destroy(bench: &Bench) {

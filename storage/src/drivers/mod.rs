@@ -15,6 +15,8 @@ pub mod btrfs;
 pub mod directory;
 #[cfg(feature = "memory")]
 pub mod memory;
+#[cfg(any(feature = "btrfs", feature = "directory"))]
+mod partial;
 
 /// The names of the drivers compiled in.
 pub const DRIVERS: &[&str] = &[
@@ -44,6 +46,9 @@ pub struct PoolSpecError {
 /// The longest place of a pool, in bytes: what one path of the operating system may have.
 const PLACE_LIMIT: usize = 4096;
 
+/// The option of a place that has its file or device formatted.
+const WIPE: &str = "wipe";
+
 impl PoolSpec {
     /// Returns the driver's name, the part before the colon.
     pub fn driver(&self) -> &str {
@@ -52,6 +57,20 @@ impl PoolSpec {
     /// Returns the place, the part behind the colon, in the driver's own terms.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// Tells whether opening it formats its file or device, whatever that holds (but a pool of flocker).
+    pub fn wipes(&self) -> bool {
+        self.driver != "directory" && self.place.split(',').skip(1).any(|option| option == WIPE)
+    }
+
+    /// Returns the pool as one that [wipes](PoolSpec::wipes). A directory is never wiped.
+    pub fn wiping(self) -> std::result::Result<Self, PoolSpecError> {
+        if self.driver == "directory" {
+            let rule = "a directory is not wiped; only files and devices are".to_owned();
+            return Err(PoolSpecError { text: self.to_string(), rule });
+        }
+        Ok(Self { place: format!("{},{WIPE}", self.place), ..self })
     }
 }
 
@@ -109,6 +128,17 @@ mod tests {
         let spec: PoolSpec = "directory:/a/b:c".parse().unwrap();
         assert_eq!((spec.driver(), spec.place()), ("directory", "/a/b:c"));
         assert_eq!(spec.to_string(), "directory:/a/b:c");
+        assert!(spec.wiping().is_err(), "never a directory");
+    }
+
+    #[cfg(feature = "btrfs")]
+    #[test]
+    fn a_file_or_device_is_wiped_when_that_is_asked_for() {
+        let spec: PoolSpec = "btrfs:/a,wipe-b/pool,size=1G".parse().unwrap();
+        assert!(!spec.wipes());
+        let spec = spec.wiping().unwrap();
+        assert!(spec.wipes());
+        assert_eq!(spec.place(), "/a,wipe-b/pool,size=1G,wipe");
     }
 
     #[test]

@@ -153,6 +153,11 @@ impl Applier {
         taken
     }
 
+    /// Takes out what could not be kept so far, and why.
+    pub fn take_findings(&mut self) -> Vec<Finding> {
+        self.builder.take_findings()
+    }
+
     /// Checks that the stream was complete, and makes all of it durable.
     pub fn finish(mut self) -> Result<Applied> {
         if self.state != State::Ended {

@@ -59,7 +59,7 @@ impl Pool {
     /// Refuses what this pool cannot keep.
     pub(super) fn check_record(&self, operation: &'static str, record: &VolumeRecord) -> Result<()> {
         if record.quota_bytes.is_some() && !self.capabilities().quota {
-            let why = "quotas are off in this pool's file system";
+            let why = "quotas are off in this pool's file system; `btrfs quota enable` and a restart turn them on";
             return Err(Error::new(operation, &record.name, ErrorKind::Unsupported(why.to_owned())));
         }
         check_metadata(&record.metadata)

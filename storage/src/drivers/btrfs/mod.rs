@@ -11,7 +11,8 @@
 //! changed. So each record keeps the transaction that last changed its snapshot, both sides compare it before they use
 //! one, and a receive finds its parent by our id, never by the uuid of the stream.
 //! # Non-goals
-//! Locks per volume and names: the node has them. A receive that goes on after a restart: the kernel's stream cannot.
+//! Locks per volume and names: the node has them. A native receive that goes on after a restart: the kernel's stream
+//! cannot (docs/adr/0005-a-native-btrfs-receive-starts-over.md).
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -36,6 +37,7 @@ use crate::{
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
     error::{Error, ErrorKind, Result},
     model::{HeadState, Lineage, SnapshotKey, VolumeId, VolumeRecord},
+    tree::weave::TreeView,
 };
 
 /// The driver's name before the colon of a pool.
@@ -73,6 +75,7 @@ pub const FAULT_POINTS: &[&str] = &[
     "btrfs.split.clones-moved",
     "btrfs.split.done",
     "btrfs.receive.opened",
+    "btrfs.receive.checkpoint",
     "btrfs.receive.before-publish",
     "btrfs.receive.head-trashed",
     "btrfs.receive.published",
@@ -173,6 +176,10 @@ impl Driver for BtrfsDriver {
         Ok(())
     }
 
+    async fn view(&self, target: Target) -> Result<TreeView> {
+        self.with("read", move |pool| pool.view(target)).await
+    }
+
     async fn lineage(&self, volume: VolumeId) -> Result<Lineage> {
         self.with("read lineage of", move |pool| pool.lineage(volume)).await
     }
@@ -194,11 +201,11 @@ impl Driver for BtrfsDriver {
         Ok(Box::new(self.with("receive snapshot", move |pool| pool.receive(request)).await?))
     }
 
-    async fn partial(&self, _volume: VolumeId) -> Result<Option<Partial>> {
-        Ok(None)
+    async fn partial(&self, volume: VolumeId) -> Result<Option<Partial>> {
+        self.with("look for a partial receive of", move |pool| pool.partial(volume)).await
     }
 
-    async fn discard_partial(&self, _volume: VolumeId) -> Result<()> {
-        Ok(())
+    async fn discard_partial(&self, volume: VolumeId) -> Result<()> {
+        self.with("discard a partial receive of", move |pool| pool.discard_partial(volume)).await
     }
 }

@@ -1,7 +1,8 @@
 //! Places: a directory on a mounted btrfs, a file or a block device that holds one; and how it comes to be mounted.
 //!
-//! `PLACE[,size=20G][,wipe]`: a file that does not exist is made with this size; a file or device that holds something
-//! else than btrfs is formatted only with `wipe`, and a pool never. What this module mounted it unmounts again, unless somebody uses it.
+//! `PLACE[,size=20G][,wipe]`: a file that does not exist is made with this size, beside its place, and put there when it is
+//! formatted; a file or device that holds something else than btrfs is formatted only with `wipe`, and a pool never. What
+//! this module mounted it unmounts again, unless somebody uses it.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -17,6 +18,7 @@ use crate::{
     command,
     drivers::PoolSpec,
     error::{Error, ErrorKind, Result},
+    records::sync_dir,
 };
 
 const OPERATION: &str = "open pool";
@@ -72,6 +74,9 @@ impl Place {
         if kind.is_some_and(|kind| !kind.is_dir()) {
             return Err(unusable("it is neither a directory nor a file nor a block device".to_owned()));
         }
+        if wanted.size_bytes.is_some() || wanted.wipe {
+            return Err(unusable("it is a directory; size and wipe are for files and devices".to_owned()));
+        }
         let existing = if kind.is_some() { Some(&*wanted.path) } else { wanted.path.parent() };
         match existing.map(sys::statfs) {
             Some(Ok(stat)) if stat.f_type as u64 & 0xffff_ffff == BTRFS => {}
@@ -88,15 +93,16 @@ impl Place {
     fn mount(spec: &PoolSpec, wanted: &Wanted) -> Result<Self> {
         let unusable = |why: String| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(why));
         let failed = |error: io::Error| Error::io(OPERATION, spec, error);
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&wanted.path);
-        let mut file = file.map_err(failed)?;
-        match sys::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::new(OPERATION, spec, ErrorKind::PoolBusy { pid: None }));
+        let mut file = match OpenOptions::new().read(true).write(true).open(&wanted.path) {
+            Ok(file) => {
+                lock(spec, &file)?;
+                file
             }
-            Err(error) => return Err(failed(error.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => make_file(spec, wanted)?,
+            Err(error) => return Err(failed(error)),
+        };
+        if wanted.size_bytes.is_some() && !file.metadata().map_err(failed)?.is_file() {
+            return Err(unusable("a block device has a size of its own; leave the size away".to_owned()));
         }
         let root = mount_point(&wanted.path);
         if is_mounted(&root) {
@@ -109,16 +115,18 @@ impl Place {
                 // The option may stand in a configuration for good: what is a pool is never formatted.
                 if wanted.wipe && !root.join(POOL_RECORD).exists() {
                     unmount(&root).map_err(|error| unusable(error.to_string()))?;
-                    format(spec, &mut file, wanted)?;
+                    format_whole(spec, &file, wanted)?;
                     mount_at(spec, &file, wanted, &root)?;
                 }
             }
             Content::Data if !wanted.wipe => {
-                let why = "it holds data that is no btrfs; add ,wipe to overwrite all of it";
-                return Err(unusable(why.to_owned()));
+                let what = name_contents(&wanted.path);
+                return Err(unusable(format!(
+                    "it holds {what}, which is overwritten only when the node is started with --wipe"
+                )));
             }
             Content::Data | Content::Nothing => {
-                format(spec, &mut file, wanted)?;
+                format_whole(spec, &file, wanted)?;
                 mount_at(spec, &file, wanted, &root)?;
             }
         }
@@ -180,7 +188,74 @@ fn look(file: &mut File) -> io::Result<Content> {
     Ok(if written || beginning.iter().any(|byte| *byte != 0) { Content::Data } else { Content::Nothing })
 }
 
-fn format(spec: &PoolSpec, file: &mut File, wanted: &Wanted) -> Result<()> {
+/// Says in words what a file or device holds, as blkid(8) finds it.
+fn name_contents(path: &Path) -> String {
+    let words = ["-p", "-o", "export", "--"].map(AsRef::as_ref);
+    let arguments: Vec<_> = words.into_iter().chain([path.as_os_str()]).collect();
+    let found = command::run("blkid", &arguments).unwrap_or_default();
+    parse_contents(&String::from_utf8_lossy(&found)).unwrap_or_else(|| "data of no known kind".to_owned())
+}
+
+/// Reads `KEY=VALUE` lines, in which blkid(8) sets a backslash before what a shell would take amiss.
+fn parse_contents(text: &str) -> Option<String> {
+    let value = |key: &str| {
+        let found = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        found.map(|value| value.replace('\\', ""))
+    };
+    let label = value("LABEL").map(|label| format!(" (label {label:?})")).unwrap_or_default();
+    let table = || value("PTTYPE").map(|kind| format!("a partition table ({kind})"));
+    value("TYPE").map(|kind| kind + &label).or_else(table)
+}
+
+fn lock(spec: &PoolSpec, file: &File) -> Result<()> {
+    match sys::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::new(OPERATION, spec, ErrorKind::PoolBusy { pid: None })),
+        Err(error) => Err(Error::io(OPERATION, spec, error)),
+    }
+}
+
+/// Makes a file system in a new file. It gets its name last: one that was not finished is begun anew, and is nobody's data.
+fn make_file(spec: &PoolSpec, wanted: &Wanted) -> Result<File> {
+    let unusable = |why: String| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(why));
+    let failed = |error: io::Error| Error::io(OPERATION, spec, error);
+    let (Some(size), Some(parent), Some(name)) = (wanted.size_bytes, wanted.path.parent(), wanted.path.file_name())
+    else {
+        return Err(unusable("there is nothing".to_owned()));
+    };
+    check_size(size).map_err(unusable)?;
+    let room = sys::statvfs(parent).map_err(|error| unusable(io::Error::from(error).to_string()))?;
+    let room = room.f_bavail.saturating_mul(room.f_frsize);
+    if room < size {
+        return Err(unusable(format!("there is no room for its {size} bytes: {} has {room} left", parent.display())));
+    }
+    let new = parent.join(format!(".{}.being-made", name.to_string_lossy()));
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&new);
+    let file = file.map_err(failed)?;
+    lock(spec, &file)?;
+    let made = (|| {
+        file.set_len(0).and_then(|()| file.set_len(size)).map_err(failed)?;
+        format(spec, &new, wanted)?;
+        file.sync_all().map_err(failed)?;
+        sys::renameat_with(sys::CWD, &new, sys::CWD, &wanted.path, sys::RenameFlags::NOREPLACE)
+            .map_err(|error| failed(error.into()))?;
+        sync_dir(parent).map_err(failed)
+    })();
+    if made.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    made.map(|()| file)
+}
+
+fn check_size(size: u64) -> std::result::Result<(), String> {
+    if size < SIZE_MIN {
+        return Err(format!("{size} bytes are too few; btrfs wants {SIZE_MIN} at least"));
+    }
+    Ok(())
+}
+
+/// Formats what exists.
+fn format_whole(spec: &PoolSpec, file: &File, wanted: &Wanted) -> Result<()> {
     let unusable = |why: String| Error::new(OPERATION, spec, ErrorKind::PoolUnusable(why));
     let stat = file.metadata().map_err(|error| Error::io(OPERATION, spec, error))?;
     if stat.is_file() {
@@ -189,19 +264,28 @@ fn format(spec: &PoolSpec, file: &mut File, wanted: &Wanted) -> Result<()> {
             (None, 0) => return Err(unusable("the file is empty; add ,size=20G".to_owned())),
             (None, length) => length,
         };
-        if size < SIZE_MIN {
-            return Err(unusable(format!("{size} bytes are too few; btrfs wants {SIZE_MIN} at least")));
-        }
+        check_size(size).map_err(unusable)?;
         file.set_len(size).map_err(|error| Error::io(OPERATION, spec, error))?;
     }
+    format(spec, &wanted.path, wanted)
+}
+
+fn format(spec: &PoolSpec, path: &Path, wanted: &Wanted) -> Result<()> {
     // Without --force it looks for the signatures of other file systems by itself, too.
     let mut arguments = vec!["--quiet".as_ref()];
     if wanted.wipe {
         arguments.push("--force".as_ref());
     }
-    arguments.extend(["--".as_ref(), wanted.path.as_os_str()]);
-    command::run("mkfs.btrfs", &arguments).map_err(|error| unusable(error.to_string()))?;
-    Ok(())
+    arguments.extend(["--".as_ref(), path.as_os_str()]);
+    match command::run("mkfs.btrfs", &arguments) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Error::new(OPERATION, spec, ErrorKind::PoolUnusable(explain(&error)))),
+    }
+}
+
+/// Says what to do about a program that is missing, and what any other said.
+pub(super) fn explain(error: &command::CommandError) -> String {
+    if error.is_missing() { format!("{error}; install btrfs-progs") } else { error.to_string() }
 }
 
 /// Where a file or a device is mounted: beside a file, under /run for a device.
@@ -271,6 +355,14 @@ mod tests {
         assert!(parse("pool,size=1G").unwrap_err().contains("absolute"));
         assert!(parse("/p,size=big").unwrap_err().contains("no size"));
         assert!(parse("/p,size=99999999999T").is_err());
+    }
+
+    #[test]
+    fn what_a_device_holds_is_said_in_words() {
+        let ext4 = "DEVNAME=/dev/loop0\nLABEL=my\\ data\nUUID=27421e7f\nBLOCK_SIZE=1024\nTYPE=ext4\nUSAGE=filesystem\n";
+        assert_eq!(parse_contents(ext4).unwrap(), "ext4 (label \"my data\")");
+        assert_eq!(parse_contents("PTUUID=1\nPTTYPE=gpt\n").unwrap(), "a partition table (gpt)");
+        assert_eq!(parse_contents(""), None);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use uuid::Uuid;
 
 use super::{
     FORMAT_1, FORMAT_2,
-    place::Place,
+    place::{Place, explain as explain_program},
     subvolume::{self, PROGRAM},
 };
 use crate::{
@@ -180,8 +180,18 @@ impl Pool {
     /// Makes a new place in staging. It is cleared away when dropped, unless [`Stage::publish`] moved it off.
     pub(super) fn stage(self: &Arc<Self>, operation: &'static str, purpose: &str) -> Result<Stage> {
         let path = self.staging_dir().join(format!("{purpose}-{}", Uuid::now_v7()));
+        self.stage_at(operation, path)
+    }
+
+    /// Makes a place in staging at a path known beforehand.
+    pub(super) fn stage_at(self: &Arc<Self>, operation: &'static str, path: PathBuf) -> Result<Stage> {
         make_dir(&path).map_err(|error| Error::io(operation, path.display(), error))?;
-        Ok(Stage { pool: Arc::clone(self), path })
+        Ok(self.stage_found(path))
+    }
+
+    /// Takes over a place in staging that exists.
+    pub(super) fn stage_found(self: &Arc<Self>, path: PathBuf) -> Stage {
+        Stage { pool: Arc::clone(self), path, keep: false }
     }
 
     /// Makes all that was written to the pool durable.
@@ -191,11 +201,10 @@ impl Pool {
 
     pub(super) fn usage(&self) -> Result<Usage> {
         self.wait_for_cleaner(CLEANER_AT_USAGE);
-        let stat = sys::statvfs(&self.root).map_err(|error| Error::io("measure pool", self.root.display(), error))?;
-        Ok(Usage {
-            total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
-            available_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
-        })
+        let failed = |kind: ErrorKind| Error::new("measure pool", self.root.display(), kind);
+        let usage = subvolume::file_system_usage(&self.root).map_err(|error| failed(error.into_kind()))?;
+        let unread = || failed(ErrorKind::Io(io::Error::other("`btrfs filesystem usage` said something unexpected")));
+        parse_usage(&usage).ok_or_else(unread)
     }
 
     /// Deleted subvolumes give their space back later, by a thread of the kernel.
@@ -203,13 +212,22 @@ impl Pool {
         if let Err(error) = subvolume::wait_for_cleaner(&self.root, at_most) {
             tracing::warn!(pool = %self.root.display(), %error, "deleted subvolumes cannot be waited for");
         }
+        // They leave their quota groups behind, which slow down the counting. Nothing else depends on it.
+        if self.capabilities.quota
+            && let Err(error) = subvolume::clear_stale_limits(&self.root)
+        {
+            tracing::debug!(pool = %self.root.display(), %error, "quota groups of deleted subvolumes stay");
+        }
     }
 
-    /// What is in staging was never published: among it what an interrupted receive left.
+    /// What is in staging was never published: among it what an interrupted receive left. One that can go on stays.
     fn clear_staging(&self) {
         let Ok(entries) = fs::read_dir(self.staging_dir()) else { return };
         for entry in entries.flatten() {
-            self.clear_away(&entry.path());
+            let path = entry.path();
+            if !super::receive::is_suspended(&path) {
+                self.clear_away(&path);
+            }
         }
     }
 }
@@ -218,6 +236,7 @@ impl Pool {
 pub(super) struct Stage {
     pool: Arc<Pool>,
     path: PathBuf,
+    keep: bool,
 }
 
 impl Stage {
@@ -243,11 +262,16 @@ impl Stage {
         sync_dir(&from_parent).map_err(failed)?;
         to.parent().map_or(Ok(()), sync_dir).map_err(failed)
     }
+
+    /// Leaves it in staging for a later receive.
+    pub(super) fn keep(mut self) {
+        self.keep = true;
+    }
 }
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if fs::remove_dir(&self.path).is_ok() {
+        if self.keep || fs::remove_dir(&self.path).is_ok() {
             return;
         }
         match self.pool.trash("clear staging", &self.path) {
@@ -370,7 +394,7 @@ fn set_up(root: &Path) -> io::Result<()> {
 /// Finds out what the kernel and the programs know.
 fn probe(spec: &PoolSpec, root: &Path) -> Result<Capabilities> {
     let unusable = |why: String| Error::new("open pool", spec, ErrorKind::PoolUnusable(why));
-    let version = command::run(PROGRAM, &["--version"]).map_err(|error| unusable(error.to_string()))?;
+    let version = command::run(PROGRAM, &["--version"]).map_err(|error| unusable(explain_program(&error)))?;
     let version = String::from_utf8_lossy(&version).lines().next().unwrap_or_default().trim().to_owned();
     // A kernel before 6.0 lacks the file; it knows version 1.
     let kernel = fs::read_to_string("/sys/fs/btrfs/features/send_stream_version").unwrap_or_default();
@@ -382,14 +406,13 @@ fn probe(spec: &PoolSpec, root: &Path) -> Result<Capabilities> {
         formats.insert(0, DeltaFormat(FORMAT_2.to_owned()));
     }
     let quota = command::run(PROGRAM, &["qgroup".as_ref(), "show".as_ref(), root.as_os_str()]).is_ok();
-    let usage = ["filesystem".as_ref(), "usage".as_ref(), root.as_os_str()];
-    let usage = command::run(PROGRAM, &usage).map_err(|error| unusable(error.to_string()))?;
+    let usage = subvolume::file_system_usage(root).map_err(|error| unusable(error.to_string()))?;
     let mut facts = BTreeMap::from([
         ("programs".to_owned(), version),
         ("send stream version".to_owned(), if compressed { "2" } else { "1" }.to_owned()),
         ("quotas".to_owned(), if quota { "on" } else { "off; `btrfs quota enable` turns them on" }.to_owned()),
     ]);
-    let profiles = parse_profiles(&String::from_utf8_lossy(&usage));
+    let profiles = parse_profiles(&usage);
     facts.extend(profiles.into_iter().map(|(of, profile)| (format!("profile of {of}"), profile)));
     Ok(Capabilities {
         driver: super::NAME.to_owned(),
@@ -407,6 +430,20 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
     let mut numbers = text.strip_prefix("btrfs-progs v")?.split('.');
     let leading = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok();
     Some((leading(numbers.next()?)?, numbers.next().and_then(leading).unwrap_or(0)))
+}
+
+/// Reads the space of `btrfs filesystem usage -b`: what there is for data, and what is left of it; nothing where metadata
+/// has no room any more, which statfs(2) knows.
+fn parse_usage(text: &str) -> Option<Usage> {
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix(':'));
+        line.and_then(|line| line.split_whitespace().next())
+    };
+    let number = |key: &str| value(key)?.parse::<u64>().ok();
+    let ratio: f64 = value("Data ratio")?.parse().ok().filter(|ratio| *ratio >= 1.0)?;
+    let total_bytes = (number("Device size")? as f64 / ratio) as u64;
+    let available_bytes = number("Free (estimated)")?.min(number("Free (statfs, df)").unwrap_or(u64::MAX));
+    Some(Usage { total_bytes, available_bytes: available_bytes.min(total_bytes) })
 }
 
 /// Reads the profiles (`Data,single: Size:…`) of `btrfs filesystem usage`.
@@ -428,9 +465,14 @@ mod tests {
     }
 
     #[test]
-    fn profiles_are_read() {
-        let text = "Overall:\n    Device size:\t 5\n\nData,single: Size:83, Used:0 (0.00%)\n   /dev/loop0\t 83\n\nMetadata,DUP: Size:3, Used:2\n";
-        let expected = [("data", "single"), ("metadata", "DUP")].map(|(a, b)| (a.to_owned(), b.to_owned()));
-        assert_eq!(parse_profiles(text), expected);
+    fn space_and_profiles_are_read() {
+        let text = include_str!("testdata/usage.txt");
+        let expected = [("data", "single"), ("metadata", "DUP"), ("system", "DUP")];
+        assert_eq!(parse_profiles(text), expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
+        let usage = Usage { total_bytes: 536_870_912, available_bytes: 451_936_256 };
+        assert_eq!(parse_usage(text), Some(usage));
+        let mirrored = text.replace("Data ratio:\t\t\t              1.00", "Data ratio:\t 2.00");
+        assert_eq!(parse_usage(&mirrored), Some(Usage { total_bytes: 268_435_456, available_bytes: 268_435_456 }));
+        assert_eq!(parse_usage("Overall:\n"), None);
     }
 }

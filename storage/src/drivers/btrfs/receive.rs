@@ -1,13 +1,16 @@
 //! Taking in a delta: into a subvolume in staging, checked there, published by one rename.
 //!
-//! `staging/receive-…/incoming/` becomes the snapshot's directory. A stream of the kernel's format goes through
-//! [`Reader`](super::stream::Reader) to `btrfs receive`, which sees nothing of the pool but that directory (chroot) and a
-//! copy of the base with a uuid of its own. A stream of the tree format is applied to a writable snapshot of the base.
+//! `staging/receive-<volume>-<snapshot>/incoming/` becomes the snapshot's directory. A stream of the kernel's format goes
+//! through [`Reader`](super::stream::Reader) to `btrfs receive`, which sees nothing of the pool but that directory (chroot)
+//! and a copy of the base with a uuid of its own. A stream of the tree format is applied to a writable snapshot of the
+//! base; from its first checkpoint on it can go on after a restart (see [`partial`]).
 //!
-//! | state | dropped, failed or suspended | killed, then opened |
-//! |---|---|---|
-//! | open | cleared away | cleared away |
-//! | published | – | the rest is cleared away |
+//! | state | dropped or failed | `suspend` | killed, then opened |
+//! |---|---|---|---|
+//! | open, the kernel's format | cleared away | cleared away | cleared away |
+//! | open, before the first checkpoint | cleared away | cleared away | cleared away |
+//! | open, after a checkpoint | cleared away | kept | kept, as of the checkpoint |
+//! | published | – | – | the rest is cleared away |
 
 use std::{
     fs,
@@ -19,6 +22,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use uuid::Uuid;
 
 use super::{
     catalog::{StoredSnapshot, lay_out_volume},
@@ -31,7 +35,9 @@ use super::{
 };
 use crate::{
     command::{Input, Running},
-    delta::{DeltaFormat, ReceiveRequest, Receiving, ResumePoint},
+    delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
+    driver::Finding,
+    drivers::partial::{self, Progress},
     error::{Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, SnapshotKey, VolumeId},
@@ -46,7 +52,38 @@ const OPERATION: &str = "receive snapshot";
 /// What a received subvolume is called, whatever the sender called it.
 const TREE: &str = "tree";
 
+/// Where in its place a receive's subvolume is.
+const INCOMING_TREE: &str = "incoming/tree";
+
+/// Tells whether a place in staging is a receive that can go on.
+pub(super) fn is_suspended(path: &Path) -> bool {
+    partial::read(path, INCOMING_TREE).is_ok()
+}
+
 impl Pool {
+    pub(super) fn partial(&self, volume: VolumeId) -> Result<Option<Partial>> {
+        if self.receiving().contains(&volume) {
+            return Ok(None);
+        }
+        partial::find(&self.staging_dir(), volume, INCOMING_TREE)
+            .map_err(|error| Error::io("look for a partial receive of", volume, error))
+    }
+
+    pub(super) fn discard_partial(self: &Arc<Self>, volume: VolumeId) -> Result<()> {
+        let _slot = Slot::take(self, volume)?;
+        self.clear_partials(volume)
+    }
+
+    fn clear_partials(&self, volume: VolumeId) -> Result<()> {
+        const OPERATION: &str = "discard a partial receive of";
+        let places = partial::places(&self.staging_dir(), volume);
+        for path in places.map_err(|error| Error::io(OPERATION, volume, error))? {
+            let trashed = self.trash(OPERATION, &path)?;
+            self.delete_trashed(trashed);
+        }
+        Ok(())
+    }
+
     pub(super) fn receive(self: &Arc<Self>, request: ReceiveRequest) -> Result<BtrfsReceiving> {
         let (volume, object) = (request.volume.id, request.snapshot.id);
         let version = stream_version(self, &request.format);
@@ -62,26 +99,38 @@ impl Pool {
                 return Err(Error::new(OPERATION, object, ErrorKind::AlreadyExists));
             }
         }
-        if request.resume.is_some() {
-            let why = "nothing was kept of this receive".to_owned();
-            return Err(Error::new(OPERATION, object, ErrorKind::ResumeStale(why)));
-        }
-        let stage = self.stage(OPERATION, "receive")?;
-        let incoming = stage.path().join("incoming");
-        make_dir(&incoming).map_err(|error| Error::io(OPERATION, object, error))?;
+        let (stage, taken_before) = self.place_of(&request)?;
+        let progress = Progress::new(taken_before, request.resume.clone());
         let taker = match version {
             Some(version) => Taker::Kernel(Box::new(self.take_stream(&request, &stage, version)?)),
-            None => Taker::Tree(Box::new(self.take_tree(&request, &incoming)?)),
+            None => Taker::Tree(Box::new(self.take_tree(&request, &stage, &progress)?)),
         };
         fault::point("btrfs.receive.opened");
-        Ok(BtrfsReceiving { work: Some(Work { taker, stage, request, pool: Arc::clone(self), _slot: slot }) })
+        let pool = Arc::clone(self);
+        Ok(BtrfsReceiving { work: Some(Work { taker, stage, progress, request, pool, _slot: slot }) })
     }
 
-    fn take_tree(&self, request: &ReceiveRequest, incoming: &Path) -> Result<Applier> {
-        let tree = incoming.join(TREE);
-        let made = match request.base {
-            Some(base) => subvolume::snapshot(&self.tree_dir(base), &tree, Mode::Writable),
-            None => subvolume::create(&tree),
+    /// Makes the receive's place in staging, or finds what an earlier one left there; with the bytes it had taken in.
+    fn place_of(self: &Arc<Self>, request: &ReceiveRequest) -> Result<(Stage, u64)> {
+        let (volume, object) = (request.volume.id, request.snapshot.id);
+        let path = self.staging_dir().join(partial::place(volume, object));
+        if let Some(point) = &request.resume {
+            // Only a receive in the tree format ever leaves something to be found.
+            let received_bytes = partial::check(&path, INCOMING_TREE, request, point)?;
+            return Ok((self.stage_found(path), received_bytes));
+        }
+        self.clear_partials(volume)?;
+        let stage = self.stage_at(OPERATION, path)?;
+        make_dir(&stage.path().join("incoming")).map_err(|error| Error::io(OPERATION, object, error))?;
+        Ok((stage, 0))
+    }
+
+    fn take_tree(&self, request: &ReceiveRequest, stage: &Stage, progress: &Arc<Progress>) -> Result<Applier> {
+        let tree = stage.path().join(INCOMING_TREE);
+        let made = match (request.base, &request.resume) {
+            (_, Some(_)) => Ok(()),
+            (Some(base), None) => subvolume::snapshot(&self.tree_dir(base), &tree, Mode::Writable),
+            (None, None) => subvolume::create(&tree),
         };
         made.map_err(|error| Error::new(OPERATION, request.snapshot.id, error.into_kind()))?;
         let base = match request.base {
@@ -92,7 +141,8 @@ impl Pool {
                 Some(Root::open(self.tree_dir(base))?)
             }
         };
-        Applier::new(Root::open(tree)?, base, Sharing::Exclusive, None, Box::new(|_| Ok(())))
+        let on_checkpoint = progress.recorder(request, stage.path(), "btrfs.receive.checkpoint");
+        Applier::new(Root::open(tree)?, base, Sharing::Exclusive, request.resume.clone(), on_checkpoint)
     }
 
     fn take_stream(&self, request: &ReceiveRequest, stage: &Stage, version: u32) -> Result<Stream> {
@@ -115,7 +165,8 @@ impl Pool {
         let running = Running::start(PROGRAM, &arguments, Input::Pipe).map_err(|error| failed(error.into_kind()))?;
         let stdin = running.take_stdin();
         let reader = Reader::renaming(version, Naming { name: TREE, parent });
-        Ok(Stream { running, stdin, preamble: Vec::new(), reader, out: Vec::new() })
+        let base = request.base.map(|base| Ok(self.stored(OPERATION, base)?.identity)).transpose()?;
+        Ok(Stream { running, stdin, preamble: Vec::new(), reader, base, out: Vec::new() })
     }
 }
 
@@ -153,6 +204,8 @@ struct Stream {
     stdin: Option<ChildStdin>,
     preamble: Vec<u8>,
     reader: Reader,
+    /// What the base here is called, if it came by the kernel's format: as at the sender.
+    base: Option<Uuid>,
     out: Vec<u8>,
 }
 
@@ -163,6 +216,16 @@ struct Arrived {
 }
 
 impl Stream {
+    /// Says that the stream cannot be taken: it is at fault, or the base here is, where it came by the tree format and so
+    /// lacks what that leaves out.
+    fn unfit(&self, what: String) -> ErrorKind {
+        let sent = self.reader.header().and_then(|header| header.parent).map(|(uuid, _)| uuid);
+        if sent.is_some() && self.base.is_some() && sent != self.base {
+            return ErrorKind::FormatUnfit(format!("{what}; the snapshot it builds on came here in another format"));
+        }
+        ErrorKind::Corrupt(what)
+    }
+
     fn write(&mut self, mut chunk: &[u8]) -> std::result::Result<(), ErrorKind> {
         if self.preamble.len() < PREAMBLE {
             let (head, rest) = chunk.split_at(chunk.len().min(PREAMBLE - self.preamble.len()));
@@ -194,7 +257,7 @@ impl Stream {
             stderr if stderr.is_empty() => error.into_kind(),
             stderr => match error.into_kind() {
                 ErrorKind::NoSpace => ErrorKind::NoSpace,
-                _ => ErrorKind::Corrupt(format!("btrfs receive does not take it: {stderr}")),
+                _ => self.unfit(format!("btrfs receive does not take it: {stderr}")),
             },
         })
     }
@@ -219,7 +282,7 @@ impl Stream {
         }
         let counted = count(OPERATION, &tree).map_err(|error| error.kind)?;
         if counted != totals {
-            return Err(ErrorKind::Corrupt(format!(
+            return Err(self.unfit(format!(
                 "it has {} entries and {} bytes, where {} and {} were announced",
                 counted.entries, counted.logical_bytes, totals.entries, totals.logical_bytes
             )));
@@ -242,6 +305,7 @@ pub(super) struct BtrfsReceiving {
 struct Work {
     taker: Taker,
     stage: Stage,
+    progress: Arc<Progress>,
     request: ReceiveRequest,
     pool: Arc<Pool>,
     _slot: Slot,
@@ -252,6 +316,7 @@ impl Receiving for BtrfsReceiving {
     async fn write(&mut self, chunk: Bytes) -> Result<()> {
         let Some(mut work) = self.work.take() else { return Err(failed_before()) };
         let work = run(OPERATION, move || {
+            work.progress.took(chunk.len());
             match &mut work.taker {
                 Taker::Tree(applier) => applier.feed(&chunk)?,
                 Taker::Kernel(stream) => {
@@ -266,16 +331,30 @@ impl Receiving for BtrfsReceiving {
         Ok(())
     }
 
+    fn take_findings(&mut self) -> Vec<Finding> {
+        match self.work.as_mut().map(|work| &mut work.taker) {
+            Some(Taker::Tree(applier)) => applier.take_findings(),
+            _ => Vec::new(),
+        }
+    }
+
     async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
         let Some(work) = self.work.take() else { return Err(failed_before()) };
         run(OPERATION, move || work.commit()).await
     }
 
     async fn suspend(mut self: Box<Self>) -> Result<Option<ResumePoint>> {
-        let work = self.work.take();
+        let Some(work) = self.work.take() else { return Ok(None) };
         run(OPERATION, move || {
-            drop(work);
-            Ok(None)
+            let Work { taker, stage, progress, .. } = work;
+            drop(taker);
+            match progress.kept() {
+                Some(point) if is_suspended(stage.path()) => {
+                    stage.keep();
+                    Ok(Some(point))
+                }
+                _ => Ok(None),
+            }
         })
         .await
     }

@@ -103,14 +103,27 @@ pub(super) fn limit(path: &Path, quota_bytes: Option<u64>) -> Result<(), Command
     command::run(PROGRAM, &["qgroup".as_ref(), "limit".as_ref(), limit.as_ref(), text(path)]).map(drop)
 }
 
+/// Forgets the limits of subvolumes that are gone.
+pub(super) fn clear_stale_limits(path: &Path) -> Result<(), CommandError> {
+    command::run(PROGRAM, &["qgroup".as_ref(), "clear-stale".as_ref(), text(path)]).map(drop)
+}
+
+/// Returns what `btrfs filesystem usage` says, in bytes.
+pub(super) fn file_system_usage(path: &Path) -> Result<String, CommandError> {
+    let output = command::run(PROGRAM, &["filesystem".as_ref(), "usage".as_ref(), "-b".as_ref(), text(path)])?;
+    Ok(String::from_utf8_lossy(&output).into_owned())
+}
+
 /// Waits until the cleaner has given back the space of deleted subvolumes, or this time has passed.
 pub(super) fn wait_for_cleaner(path: &Path, at_most: Duration) -> Result<(), CommandError> {
     let deleted = command::run(PROGRAM, &["subvolume".as_ref(), "list".as_ref(), "-d".as_ref(), text(path)])?;
+    let commit = || command::run(PROGRAM, &["filesystem".as_ref(), "sync".as_ref(), text(path)]).map(drop);
     if deleted.is_empty() {
-        return Ok(());
+        // What the cleaner has let go of is free from the next commit on.
+        return commit();
     }
     // The kernel's cleaner would look for work every 30 seconds only; a commit asked for this way wakes it.
-    command::run(PROGRAM, &["filesystem".as_ref(), "sync".as_ref(), text(path)])?;
+    commit()?;
     let running = Running::start(
         PROGRAM,
         &["subvolume".as_ref(), "sync".as_ref(), "-s".as_ref(), "1".as_ref(), text(path)],
@@ -120,7 +133,8 @@ pub(super) fn wait_for_cleaner(path: &Path, at_most: Duration) -> Result<(), Com
         tracing::info!(path = %path.display(), "deleted subvolumes are still being cleaned up; their space is not counted yet");
         return Ok(());
     }
-    running.finish()
+    running.finish()?;
+    commit()
 }
 
 pub(super) fn show(path: &Path) -> Result<Shown, Trouble> {

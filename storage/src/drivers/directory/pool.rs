@@ -29,7 +29,7 @@ use uuid::Uuid;
 use crate::{
     delta::DeltaFormat,
     driver::{Capabilities, Target, Usage},
-    drivers::PoolSpec,
+    drivers::{PoolSpec, partial},
     error::{Error, ErrorKind, Result},
     model::{SnapshotId, SnapshotKey, VolumeId},
     records::{self, RecordError, sync_dir},
@@ -148,7 +148,7 @@ impl Pool {
     }
     /// Where a receive of this snapshot for this volume is built: its name is all that a restart needs to find it.
     pub(super) fn receive_dir(&self, volume: VolumeId, snapshot: SnapshotId) -> PathBuf {
-        self.staging_dir().join(format!("receive-{volume}-{snapshot}"))
+        self.staging_dir().join(partial::place(volume, snapshot))
     }
     pub(super) fn attached(&self) -> MutexGuard<'_, HashMap<Target, Attachment>> {
         locked(&self.attached)

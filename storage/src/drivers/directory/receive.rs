@@ -13,10 +13,7 @@ use std::{
     fs::{self, File},
     io,
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
 };
 
 use async_trait::async_trait;
@@ -33,13 +30,13 @@ use super::{
 };
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
-    driver::Target,
+    driver::{Finding, Target},
+    drivers::partial::{self, Progress},
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, HeldSnapshot, Role, SnapshotKey, VolumeId},
-    records::{self, RecordError},
     tree::{
-        apply::{Applier, OnCheckpoint, Sharing},
+        apply::{Applier, Sharing},
         copy::Copier,
         entry::EntryKind,
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
@@ -49,20 +46,13 @@ use crate::{
 };
 
 const OPERATION: &str = "receive snapshot";
-const RECORD: &str = "receive.json";
+
+/// Where in its place a receive's files arrive.
+const TREE: &str = "snapshot/tree";
 
 /// Tells whether a place in staging is a receive that can go on.
 pub(super) fn is_suspended(path: &Path) -> bool {
-    read_partial(path).is_ok()
-}
-
-fn read_partial(path: &Path) -> std::result::Result<Partial, RecordError> {
-    let partial: Partial = records::read("receive", &path.join(RECORD))?;
-    let name = format!("receive-{}-{}", partial.volume, partial.snapshot.id);
-    if path.file_name().is_none_or(|it| it.to_str() != Some(&name)) || !path.join("snapshot/tree").is_dir() {
-        return Err(RecordError::Damaged("it does not belong here".to_owned()));
-    }
-    Ok(partial)
+    partial::read(path, TREE).is_ok()
 }
 
 impl Pool {
@@ -70,18 +60,8 @@ impl Pool {
         if self.receiving().contains(&volume) {
             return Ok(None);
         }
-        let failed = |error: io::Error| Error::io("look for a partial receive of", volume, error);
-        let prefix = format!("receive-{volume}-");
-        for entry in fs::read_dir(self.staging_dir()).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            if !entry.file_name().to_string_lossy().starts_with(&prefix) {
-                continue;
-            }
-            if let Ok(partial) = read_partial(&entry.path()) {
-                return Ok(Some(partial));
-            }
-        }
-        Ok(None)
+        partial::find(&self.staging_dir(), volume, TREE)
+            .map_err(|error| Error::io("look for a partial receive of", volume, error))
     }
 
     pub(super) fn discard_partial(self: &Arc<Self>, volume: VolumeId) -> Result<()> {
@@ -90,14 +70,11 @@ impl Pool {
     }
 
     pub(super) fn clear_partials(&self, volume: VolumeId) -> Result<()> {
-        let failed = |error: io::Error| Error::io("discard a partial receive of", volume, error);
-        let prefix = format!("receive-{volume}-");
-        for entry in fs::read_dir(self.staging_dir()).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                let trashed = self.trash("discard a partial receive of", &entry.path())?;
-                self.delete_trashed(trashed);
-            }
+        const OPERATION: &str = "discard a partial receive of";
+        let places = partial::places(&self.staging_dir(), volume);
+        for path in places.map_err(|error| Error::io(OPERATION, volume, error))? {
+            let trashed = self.trash(OPERATION, &path)?;
+            self.delete_trashed(trashed);
         }
         Ok(())
     }
@@ -124,12 +101,12 @@ impl Pool {
             Some(point) => self.stage_again(&request, point)?,
             None => (self.stage_anew(&request)?, 0),
         };
-        let progress = Arc::new(Progress::new(taken_before, request.resume.clone()));
+        let progress = Progress::new(taken_before, request.resume.clone());
         let base = request.base.map(|base| Root::open(self.tree_dir(base))).transpose()?;
         // Without a base there is nothing that the staged files could share.
         let sharing = if base.is_some() { Sharing::HardLinked } else { Sharing::Exclusive };
-        let tree = Root::open(stage.path().join("snapshot/tree"))?;
-        let on_checkpoint = progress.recorder(&request, stage.path());
+        let tree = Root::open(stage.path().join(TREE))?;
+        let on_checkpoint = progress.recorder(&request, stage.path(), "directory.receive.checkpoint");
         let applier = Applier::new(tree, base, sharing, request.resume.clone(), on_checkpoint)?;
         fault::point("directory.receive.opened");
         Ok(DirectoryReceiving {
@@ -140,7 +117,7 @@ impl Pool {
     fn stage_anew(self: &Arc<Self>, request: &ReceiveRequest) -> Result<Stage> {
         self.clear_partials(request.volume.id)?;
         let stage = self.stage_at(OPERATION, self.receive_dir(request.volume.id, request.snapshot.id))?;
-        let tree = stage.path().join("snapshot/tree");
+        let tree = stage.path().join(TREE);
         make_dir(&stage.path().join("snapshot"))
             .and_then(|()| make_dir(&tree))
             .map_err(|error| Error::io(OPERATION, tree.display(), error))?;
@@ -151,16 +128,9 @@ impl Pool {
     }
 
     fn stage_again(self: &Arc<Self>, request: &ReceiveRequest, point: &ResumePoint) -> Result<(Stage, u64)> {
-        let stale = |why: &str| Error::new(OPERATION, request.snapshot.id, ErrorKind::ResumeStale(why.to_owned()));
         let path = self.receive_dir(request.volume.id, request.snapshot.id);
-        let partial = read_partial(&path).map_err(|_| stale("nothing was kept of this receive"))?;
-        if partial.snapshot != request.snapshot || partial.base != request.base || partial.format != request.format {
-            return Err(stale("what was kept is of another step"));
-        }
-        if partial.point != *point {
-            return Err(stale("what was kept ends elsewhere"));
-        }
-        Ok((self.stage_found(path), partial.received_bytes))
+        let received_bytes = partial::check(&path, TREE, request, point)?;
+        Ok((self.stage_found(path), received_bytes))
     }
 
     /// Makes a tree whose files are those of a snapshot, by hard links.
@@ -204,35 +174,6 @@ impl Drop for Slot {
     }
 }
 
-/// How far a receive is, shared with the checkpoints.
-struct Progress {
-    received_bytes: AtomicU64,
-    kept: Mutex<Option<ResumePoint>>,
-}
-
-impl Progress {
-    fn new(received_bytes: u64, kept: Option<ResumePoint>) -> Self {
-        Self { received_bytes: received_bytes.into(), kept: Mutex::new(kept) }
-    }
-
-    /// Returns what keeps each checkpoint durably; the applier has synced the tree before.
-    fn recorder(self: &Arc<Self>, request: &ReceiveRequest, dir: &Path) -> OnCheckpoint {
-        let (progress, dir) = (Arc::clone(self), dir.to_owned());
-        let (volume, snapshot, base, format) =
-            (request.volume.id, request.snapshot.clone(), request.base, request.format.clone());
-        Box::new(move |point| {
-            let received_bytes = progress.received_bytes.load(Ordering::Relaxed);
-            let (snapshot, format) = (snapshot.clone(), format.clone());
-            let partial = Partial { volume, snapshot, base, format, point: point.clone(), received_bytes };
-            records::write("receive", &dir, RECORD, &partial)
-                .map_err(|error| Error::io("keep the checkpoint of", volume, error))?;
-            *progress.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(point);
-            fault::point("directory.receive.checkpoint");
-            Ok(())
-        })
-    }
-}
-
 /// An open receive. The work moves into the blocking thread that does it, so that a dropped future leaves it whole there:
 /// it ends by itself and clears its place away.
 pub(super) struct DirectoryReceiving {
@@ -257,13 +198,17 @@ impl Receiving for DirectoryReceiving {
             return Err(Error::new(OPERATION, "stream", why));
         };
         let work = run(OPERATION, move || {
-            work.progress.received_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+            work.progress.took(chunk.len());
             work.applier.feed(&chunk)?;
             Ok(work)
         })
         .await?;
         self.work = Some(work);
         Ok(())
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        self.work.as_mut().map(|work| work.applier.take_findings()).unwrap_or_default()
     }
 
     async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
@@ -279,8 +224,7 @@ impl Receiving for DirectoryReceiving {
         run(OPERATION, move || {
             let Work { applier, stage, progress, .. } = work;
             drop(applier);
-            let kept = progress.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-            match kept {
+            match progress.kept() {
                 Some(point) if is_suspended(stage.path()) => {
                     stage.keep();
                     Ok(Some(point))
