@@ -11,7 +11,7 @@ use flocker_storage::{
     drivers::{self, PoolSpec},
     model::{HostId, NodeName},
 };
-use flocker_transport::{ALPN, CloseCode, Connection, ENROL_ALPN, Endpoint, Limits, PeerFault, Router};
+use flocker_transport::{ALPN, CloseCode, Connection, ENROL_ALPN, Endpoint, Limits, PeerFault, Router, Socket};
 use jiff::Timestamp;
 use rustix::fs::FlockOperation;
 use tokio::{
@@ -153,23 +153,12 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     let spec = pool_of(&config, &paths, wipe).map_err(DaemonError::Pool)?;
     let _lock = lock_state(&paths)?;
     let listener = listen_for_api(&paths).await?;
-    let node = Node::open(paths, config, identity, listen, &spec).await?;
-    let router = Router::new()
-        .members(ALPN, Arc::new(Replication(node.clone())))
-        .members(MEMBER_ALPN, Arc::new(Membership(node.clone())))
-        .anyone(ENROL_ALPN, Arc::new(Enrolment(node.clone())));
+    let node = Node::open(paths, config, identity, Listen::At(listen), &spec).await?;
     let accepting = stop.child_token();
-    let mut services = JoinSet::new();
-    let (endpoint, accept) = (node.endpoint.clone(), accepting.clone());
-    services.spawn(async move { router.serve(endpoint, accept).await });
+    let services = node.begin(&accepting).await;
     let stop_api = CancellationToken::new();
-    // Peers are told where this node listens before it says that it is ready.
-    let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, node.sync_members()).await;
     let mut api = JoinSet::new();
     api.spawn(api::server::serve(listener, node.clone(), stop_api.clone()));
-    node.tasks.spawn(node.clone().keep_members_in_sync());
-    node.tasks.spawn(node.clone().tidy());
-    node.resume_transfers();
     let resource = node.resource();
     tracing::info!(name = %node.name, id = %node.identity.node_id, listen = %node.listen, socket = %node.paths.socket.display(), "ready");
     ready(&resource);
@@ -180,10 +169,7 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     stop_api.cancel();
     let _ = tokio::time::timeout(GRACE, api.join_next()).await;
     accepting.cancel();
-    node.cancel.cancel();
-    // Who was receiving parks what has arrived; only then is it suspended.
-    let _ = tokio::time::timeout(GRACE, services.join_next()).await;
-    node.shut_down().await;
+    node.end(services).await;
     let _ = fs::remove_file(&node.paths.socket);
     Ok(())
 }
@@ -241,12 +227,21 @@ async fn listen_for_api(paths: &Paths) -> std::result::Result<UnixListener, Daem
     listener.map_err(failed)
 }
 
+/// How a node gets its socket.
+pub(crate) enum Listen {
+    /// It binds an address, the configured one where none is given.
+    At(Option<SocketAddr>),
+    /// It is given one.
+    #[cfg_attr(not(feature = "simulation"), allow(dead_code))]
+    On(Socket),
+}
+
 impl Node {
-    async fn open(
+    pub(crate) async fn open(
         paths: Paths,
         config: Config,
         identity: Identity,
-        listen: Option<SocketAddr>,
+        listen: Listen,
         spec: &PoolSpec,
     ) -> std::result::Result<Arc<Self>, DaemonError> {
         let start = |error: ApiProblem| DaemonError::Start(error);
@@ -260,8 +255,14 @@ impl Node {
         let peers = Peers::load(&state).await.map_err(start)?;
         let transfers = Transfers::load(&state).await.map_err(start)?;
         let identity = Arc::new(identity);
-        let wanted = listen.or(config.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)));
-        let endpoint = Endpoint::bind(wanted, identity.clone(), Limits::default()).map_err(DaemonError::Listen)?;
+        let endpoint = match listen {
+            Listen::On(socket) => Endpoint::on(socket, identity.clone(), Limits::default()),
+            Listen::At(addr) => {
+                let addr = addr.or(config.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)));
+                Endpoint::bind(addr, identity.clone(), Limits::default())
+            }
+        };
+        let endpoint = endpoint.map_err(DaemonError::Listen)?;
         let listen = endpoint.local_addr().map_err(DaemonError::Listen)?;
         let node = Arc::new(Self {
             name: config.name.clone(),
@@ -329,6 +330,31 @@ impl Node {
             self.streams.drop_stale();
             self.inbox.suspend_stale().await;
         }
+    }
+
+    /// Serves peers, and goes on with what was interrupted.
+    pub(crate) async fn begin(self: &Arc<Self>, accepting: &CancellationToken) -> JoinSet<()> {
+        let router = Router::new()
+            .members(ALPN, Arc::new(Replication(self.clone())))
+            .members(MEMBER_ALPN, Arc::new(Membership(self.clone())))
+            .anyone(ENROL_ALPN, Arc::new(Enrolment(self.clone())));
+        let mut services = JoinSet::new();
+        let (endpoint, accept) = (self.endpoint.clone(), accepting.clone());
+        services.spawn(async move { router.serve(endpoint, accept).await });
+        // Peers are told where this node listens before it says that it is ready.
+        let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, self.sync_members()).await;
+        self.tasks.spawn(self.clone().keep_members_in_sync());
+        self.tasks.spawn(self.clone().tidy());
+        self.resume_transfers();
+        services
+    }
+
+    /// Ends all work, where nobody is accepted any more.
+    pub(crate) async fn end(&self, mut services: JoinSet<()>) {
+        self.cancel.cancel();
+        // Who was receiving parks what has arrived; only then is it suspended.
+        let _ = tokio::time::timeout(GRACE, services.join_next()).await;
+        self.shut_down().await;
     }
 
     async fn shut_down(&self) {

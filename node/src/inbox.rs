@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use flocker_replication::message::{BeginStep, StepStart};
@@ -16,6 +16,7 @@ use flocker_storage::{
     model::{SnapshotId, VolumeId},
 };
 use flocker_transport::{CloseCode, Connection, Incoming};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 

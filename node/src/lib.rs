@@ -16,6 +16,8 @@ mod pull;
 mod push;
 mod receive;
 pub mod setup;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 mod state;
 mod transfers;
 mod volumes;

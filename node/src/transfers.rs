@@ -21,16 +21,16 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use flocker_replication::{
     message::DivergencePolicy,
     plan::{Outcome, Verdict},
 };
-use flocker_storage::{driver::Finding, model::VolumeName};
+use flocker_storage::{clock, driver::Finding, model::VolumeName};
 use jiff::Timestamp;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -231,7 +231,7 @@ impl Job {
         status.resource.problem = problem;
         status.resource.progress.rate_bytes_per_second = 0;
         if state.is_final() {
-            status.resource.finished = Some(Timestamp::now());
+            status.resource.finished = Some(clock::now());
         }
     }
 }
@@ -345,7 +345,7 @@ impl Node {
             progress: TransferProgress::default(),
             problem: None,
             warnings: Vec::new(),
-            started: Timestamp::now(),
+            started: clock::now(),
             finished: None,
         };
         self.state.put_transfer(&request, &resource).await?;

@@ -4,6 +4,7 @@
 //! refresh after. Refuses to know peers. Neighbours: [`crate::mounts`], [`crate::catalog`].
 
 use flocker_storage::{
+    clock,
     driver::{Driver, SnapshotRequest},
     error::{Blockers, Error as StorageError, ErrorKind},
     fault,
@@ -12,7 +13,6 @@ use flocker_storage::{
         VolumeName, VolumeRecord, check_metadata,
     },
 };
-use jiff::Timestamp;
 
 use crate::{
     api::types::{
@@ -75,7 +75,7 @@ impl Node {
             id: VolumeId::mint(),
             name: request.name.clone(),
             metadata: request.metadata,
-            created: Timestamp::now(),
+            created: clock::now(),
             origin: None,
             role: Role::Primary,
             epoch: 0,
@@ -145,7 +145,7 @@ impl Node {
             name: request.name,
             parents: parent.into_iter().collect(),
             host: self.host(),
-            created: Timestamp::now(),
+            created: clock::now(),
             metadata: request.metadata,
         };
         let request = SnapshotRequest { volume: volume.record.id, snapshot, compare: request.compare };
@@ -181,7 +181,7 @@ impl Node {
             id: VolumeId::mint(),
             name: request.name.clone(),
             metadata: request.metadata,
-            created: Timestamp::now(),
+            created: clock::now(),
             origin: Some(volume.snapshot(&from.snapshot)?.key()),
             role: Role::Primary,
             epoch: 0,
@@ -252,7 +252,7 @@ impl Node {
             id: VolumeId::mint(),
             name,
             metadata: volume.record.metadata.clone(),
-            created: Timestamp::now(),
+            created: clock::now(),
             origin: Some(keep),
             role: Role::Primary,
             epoch: 0,
@@ -277,7 +277,7 @@ impl Node {
             id: VolumeId::mint(),
             name: format!("discarded.{}", keep.snapshot.short()).parse()?,
             metadata: Default::default(),
-            created: Timestamp::now(),
+            created: clock::now(),
             origin: Some(keep),
             role: Role::Primary,
             epoch: 0,
