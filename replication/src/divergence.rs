@@ -11,6 +11,8 @@
 //! - A snapshot that only the receiver has counts as a change unless it is `unchanged` against a first parent that
 //!   still is there and that the incoming history has too (directly, or by such snapshots in between), or unless it
 //!   is itself an ancestor of the wanted snapshot that the sender has pruned.
+//! - Where a merge took in what the receiver has, only what descends from that follows: the receiver goes from its tip
+//!   to the merge, not by way of the other branch.
 //! - Older snapshots that only the receiver has (before the newest common one) never count.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -133,9 +135,19 @@ pub fn compare(sender: &Lineage, receiver: &Receiver<'_>, want: SnapshotId) -> R
         return Ok(unless_dirty(receiver, None, ours.path(None, want_at)));
     };
     let base_at = incoming.held[&common.snapshot.id];
-    let missing = ours.path(Some(base_at), want_at);
+    let mut missing = ours.path(Some(base_at), want_at);
     if !changes.is_empty() {
         return Ok(Relation::Diverged { common: common.clone(), only_sender: missing, only_receiver: changes });
+    }
+    // What the receiver has on top and a merge took in, though the sender holds it no more: only what descends from it
+    // follows, so that the receiver never goes back to a state without it.
+    if let Some(newest) = theirs.list.iter().rfind(|held| incoming.contains(held.snapshot.id)) {
+        let follows = |held: &HeldSnapshot| ours.ancestry(ours.at[&held.snapshot.id]).contains(newest.snapshot.id);
+        if newest.snapshot.id != common.snapshot.id
+            && let Some(first) = missing.iter().position(follows)
+        {
+            missing.drain(..first);
+        }
     }
     let base = Base { snapshot: ours.list[base_at].clone(), on_receiver: common.key() };
     Ok(unless_dirty(receiver, Some(base), missing))

@@ -154,7 +154,7 @@ fn each_history_gets_its_outcome() {
             vec![held(1, &[]), held(3, &[1])],
             CLEAN,
             4,
-            ("fast-forward", Some(1), vec![2, 4], vec![]),
+            ("fast-forward", Some(1), vec![4], vec![]),
         ),
         (
             "a merge whose other parent is held",

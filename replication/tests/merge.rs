@@ -6,11 +6,11 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 
 use flocker_replication::merge::{
-    Conflict, ConflictKind, Group, Label, Labels, Meta, Outcome, Plan, Resolve, Row, Side, Survey, Version,
+    Conflict, ConflictKind, Decider, Group, Label, Labels, Meta, Outcome, Plan, Resolve, Row, Side, Survey, Version,
     common_ancestor, with_merged,
 };
 use flocker_storage::{
-    model::{HeldSnapshot, Lineage},
+    model::{HeadState, HeldSnapshot, Lineage},
     tree::{
         entry::{EntryKind, Time},
         path::TreePath,
@@ -182,7 +182,7 @@ fn labels() -> Labels {
 }
 
 struct Merged {
-    plan: Plan,
+    plan: std::sync::Arc<Plan>,
     result: Listing,
 }
 
@@ -202,7 +202,8 @@ fn merge(base: &Listing, ours: &Listing, theirs: &Listing, resolve: Resolve) -> 
         }
     }
     let plan = survey.finish(&labels(), |path| paths.contains(path)).unwrap();
-    let mut decider = plan.decider();
+    let plan = std::sync::Arc::new(plan);
+    let mut decider = Decider::new(plan.clone());
     let mut result = Listing::new();
     let mut sizes: BTreeMap<TreePath, u32> = BTreeMap::new();
     for path in &paths {
@@ -607,4 +608,26 @@ fn what_a_merge_brought_in_is_added_before_it_once() {
     assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
     assert_eq!(with_merged(&own, &[]), own);
     assert_eq!(with_merged(&lineage_of(&chain(&[1, 2])), &fork), lineage_of(&chain(&[1, 2])));
+}
+
+/// Pushes a merge of 2 (ours) and 3 (theirs), both on 1, to a receiver; returns the base and what is missing.
+fn push_of_a_merge(fork: &[HeldSnapshot], receiver: &[HeldSnapshot]) -> (&'static str, Option<u128>, Vec<u128>) {
+    let own = lineage(&[held(1, &[]), held(2, &[1]), held(4, &[2, 3])]);
+    let sent = with_merged(&own, fork);
+    let (kind, base, missing, _) = support::numbers(&support::relate(&sent.snapshots, receiver, HeadState::Clean, 4));
+    (kind, base, missing)
+}
+
+#[test]
+fn a_merge_is_one_step_on_top_of_whichever_side_the_receiver_has() {
+    let fork = [held(3, &[1])];
+    assert_eq!(push_of_a_merge(&fork, &[held(1, &[]), held(3, &[1])]), ("fast-forward", Some(3), vec![4]));
+    assert_eq!(push_of_a_merge(&fork, &chain(&[1, 2])), ("fast-forward", Some(2), vec![4]));
+    assert_eq!(push_of_a_merge(&fork, &chain(&[1])), ("fast-forward", Some(1), vec![2, 4]));
+    assert_eq!(push_of_a_merge(&fork, &[]), ("fast-forward", None, vec![1, 2, 4]));
+    // The fork was destroyed after the merge: the delta is larger, the step the same.
+    assert_eq!(push_of_a_merge(&[], &[held(1, &[]), held(3, &[1])]), ("fast-forward", Some(1), vec![4]));
+    // The receiver went on.
+    let gone_on = [held(1, &[]), held(3, &[1]), held(5, &[3])];
+    assert_eq!(push_of_a_merge(&fork, &gone_on), ("diverged", Some(3), vec![4]));
 }

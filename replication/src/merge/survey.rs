@@ -5,7 +5,10 @@
 //! that one side deleted is in the result when something beneath it is, which only the end of it shows: the survey
 //! notes those that are. Names of inodes that have several are gathered and decided at the end ([`super::links`]).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use flocker_storage::tree::{entry::EntryKind, path::TreePath};
 
@@ -285,21 +288,21 @@ impl Plan {
     pub fn counts(&self) -> Counts {
         self.counts
     }
-
-    /// Starts the second pass.
-    pub fn decider(&self) -> Decider<'_> {
-        Decider { plan: self, levels: Vec::new() }
-    }
 }
 
 /// The second pass: the same rows in the same order.
 #[derive(Debug)]
-pub struct Decider<'a> {
-    plan: &'a Plan,
+pub struct Decider {
+    plan: Arc<Plan>,
     levels: Vec<(TreePath, Inside)>,
 }
 
-impl Decider<'_> {
+impl Decider {
+    /// Starts the second pass.
+    pub fn new(plan: Arc<Plan>) -> Self {
+        Self { plan, levels: Vec::new() }
+    }
+
     /// Says that a path is as it was in all three trees; it is in the result as ours has it.
     pub fn pass_unchanged(&mut self, path: &TreePath, kind: &EntryKind) {
         self.leave(path);
