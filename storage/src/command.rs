@@ -6,6 +6,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fmt,
+    fs::File,
     io::{self, Read},
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -32,6 +33,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 pub struct CommandError {
     command: String,
     why: Why,
+    stdout: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -58,6 +60,11 @@ impl CommandError {
             Why::Io(_) => "",
             Why::Failed { stderr, .. } => stderr,
         }
+    }
+
+    /// Returns what it wrote to standard output before it failed; kept by [`run`] and [`run_holding`] only.
+    pub fn stdout(&self) -> &[u8] {
+        &self.stdout
     }
 
     /// Tells whether the program is not installed.
@@ -89,14 +96,24 @@ pub enum Input {
 
 /// Runs a program to its end and returns its standard output.
 pub fn run<A: AsRef<OsStr>>(program: &str, arguments: &[A]) -> Result<Vec<u8>, CommandError> {
-    let running = Running::start(program, arguments, Input::Nothing)?;
+    to_the_end(&Running::start(program, arguments, Input::Nothing)?)
+}
+
+/// Like [`run`]; the program holds a descriptor of `held` while it runs. See [`Running::start_holding`].
+pub fn run_holding<A: AsRef<OsStr>>(program: &str, arguments: &[A], held: &File) -> Result<Vec<u8>, CommandError> {
+    to_the_end(&Running::start_holding(program, arguments, Input::Nothing, held)?)
+}
+
+fn to_the_end(running: &Running) -> Result<Vec<u8>, CommandError> {
     let mut output = Vec::new();
     if let Some(stdout) = running.take_stdout() {
         let read = stdout.take(STDOUT_LIMIT).read_to_end(&mut output);
         read.map_err(|error| running.failed(Why::Io(error)))?;
     }
-    running.finish()?;
-    Ok(output)
+    match running.finish() {
+        Ok(()) => Ok(output),
+        Err(error) => Err(CommandError { stdout: output, ..error }),
+    }
 }
 
 /// A program that runs. Dropping the value kills it and waits for it.
@@ -111,18 +128,51 @@ pub struct Running {
 impl Running {
     /// Starts a program.
     pub fn start<A: AsRef<OsStr>>(program: &str, arguments: &[A], input: Input) -> Result<Self, CommandError> {
+        let stdin = if input == Input::Pipe { Stdio::piped() } else { Stdio::null() };
+        Self::spawn(program, arguments, stdin, Stdio::piped())
+    }
+
+    /// Starts a program that holds a descriptor of `held`, and with it the file's lock (flock(2)), for as long as it
+    /// runs, even where this process dies. Where it reads a pipe, that descriptor is its standard output, which is then
+    /// not read; else its standard input, which it must not read.
+    pub fn start_holding<A: AsRef<OsStr>>(
+        program: &str,
+        arguments: &[A],
+        input: Input,
+        held: &File,
+    ) -> Result<Self, CommandError> {
+        let copy = held.try_clone();
+        let held = copy.map_err(|error| CommandError {
+            command: program.to_owned(),
+            why: Why::Io(error),
+            stdout: Vec::new(),
+        })?;
+        match input {
+            Input::Pipe => Self::spawn(program, arguments, Stdio::piped(), held.into()),
+            Input::Nothing => Self::spawn(program, arguments, held.into(), Stdio::piped()),
+        }
+    }
+
+    fn spawn<A: AsRef<OsStr>>(
+        program: &str,
+        arguments: &[A],
+        stdin: Stdio,
+        stdout: Stdio,
+    ) -> Result<Self, CommandError> {
         let words: Vec<OsString> = arguments.iter().map(|argument| argument.as_ref().to_owned()).collect();
         let shown = words.iter().map(|word| format!(" {}", word.to_string_lossy())).collect::<String>();
         let command = format!("{program}{shown}");
-        let failed = |error: io::Error| CommandError { command: command.clone(), why: Why::Io(error) };
+        tracing::debug!(command, "starts a program");
+        let failed =
+            |error: io::Error| CommandError { command: command.clone(), why: Why::Io(error), stdout: Vec::new() };
         let mut child = Command::new(program)
             .args(&words)
             .env_clear()
             .env("LC_ALL", "C")
             .env("PATH", PATH)
             .env("TZ", "UTC")
-            .stdin(if input == Input::Pipe { Stdio::piped() } else { Stdio::null() })
-            .stdout(Stdio::piped())
+            .stdin(stdin)
+            .stdout(stdout)
             .stderr(Stdio::piped())
             .spawn()
             .map_err(failed)?;
@@ -185,7 +235,7 @@ impl Running {
     }
 
     fn failed(&self, why: Why) -> CommandError {
-        CommandError { command: self.command.clone(), why }
+        CommandError { command: self.command.clone(), why, stdout: Vec::new() }
     }
 }
 
@@ -250,6 +300,29 @@ mod tests {
             ],
         );
         assert_eq!(error.unwrap_err().stderr().len(), STDERR_LIMIT);
+    }
+
+    #[test]
+    fn a_failure_keeps_what_was_said_before_it() {
+        assert_eq!(run("sh", &["-c", "echo so far; exit 2"]).unwrap_err().stdout(), b"so far\n");
+    }
+
+    #[test]
+    fn a_program_holds_the_lock_of_a_file_until_it_ends() {
+        use rustix::fs::{FlockOperation, flock};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        for input in [Input::Nothing, Input::Pipe] {
+            let held = File::create(&path).unwrap();
+            flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
+            let program = if input == Input::Pipe { ("cat", vec![]) } else { ("sleep", vec!["1000"]) };
+            let running = Running::start_holding(program.0, &program.1, input, &held).unwrap();
+            drop(held);
+            let other = File::open(&path).unwrap();
+            assert!(flock(&other, FlockOperation::NonBlockingLockExclusive).is_err(), "{program:?}");
+            drop(running);
+            flock(&other, FlockOperation::NonBlockingLockExclusive).unwrap();
+        }
     }
 
     #[test]

@@ -13,6 +13,8 @@ use crate::{
 pub mod btrfs;
 #[cfg(feature = "directory")]
 pub mod directory;
+#[cfg(feature = "zfs")]
+pub mod zfs;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
@@ -26,6 +28,8 @@ pub const DRIVERS: &[&str] = &[
     btrfs::NAME,
     #[cfg(feature = "memory")]
     memory::NAME,
+    #[cfg(feature = "zfs")]
+    zfs::NAME,
 ];
 
 /// A pool as the user writes it: `DRIVER:PLACE`, for example `directory:/var/lib/flocker/pool`.
@@ -111,6 +115,8 @@ pub async fn open(spec: &PoolSpec) -> Result<Arc<dyn Driver>> {
         directory::NAME => Ok(Arc::new(directory::DirectoryDriver::open(spec).await?)),
         #[cfg(feature = "btrfs")]
         btrfs::NAME => Ok(Arc::new(btrfs::BtrfsDriver::open(spec).await?)),
+        #[cfg(feature = "zfs")]
+        zfs::NAME => Ok(Arc::new(zfs::ZfsDriver::open(spec).await?)),
         #[cfg(feature = "memory")]
         memory::NAME => Ok(Arc::new(memory::MemoryDriver::open(spec).await?)),
         other => Err(Error::new("open pool", spec, ErrorKind::Unsupported(format!("there is no driver {other:?}")))),

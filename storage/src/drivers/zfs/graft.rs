@@ -1,0 +1,142 @@
+//! A stream of the tree format on its way into the pool: applied to a dataset in `ROOT/incoming`.
+//!
+//! That dataset is a clone of what the delta builds on, or a new one. An increment of a volume is grafted onto a clone of the
+//! volume's newest snapshot, which equals the base: where it does not, there is a history that the sender does not know.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use super::{
+    catalog::{StoredSnapshot, Volume},
+    pool::Pool,
+    program::Trouble,
+    receive::{Destination, OPERATION, Task},
+    snapshot::{count, sync},
+    view::View,
+};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    model::SnapshotKey,
+    tree::{
+        apply::{Applier, Sharing},
+        root::Root,
+    },
+};
+
+/// A receive of a tree. The fields go in this order: first the files are closed.
+pub(super) struct Graft {
+    applier: Option<Applier>,
+    _base: Option<View>,
+    stage: Stage,
+}
+
+/// The dataset in `incoming`, destroyed when dropped, unless it was published: then it has another name.
+struct Stage {
+    pool: Arc<Pool>,
+    dataset: String,
+    path: PathBuf,
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.pool.delete(&self.dataset);
+    }
+}
+
+impl Graft {
+    pub(super) fn open(task: &Task) -> Result<Self> {
+        let pool = &task.pool;
+        let dataset = task.incoming();
+        // What an earlier attempt left, where it could not be destroyed then.
+        pool.delete(&dataset);
+        let from = match &task.destination {
+            Destination::New => task.request.base,
+            Destination::Volume(volume) => Some(top_of(task, volume)?),
+        };
+        let made = match from {
+            Some(from) => {
+                let words = ["clone", "-o", "canmount=noauto", "-o", "readonly=off"];
+                let name = pool.snapshot_name(from);
+                pool.programs.zfs_patiently(&[&words[..], &[&name, &dataset]].concat())
+            }
+            None => pool.programs.zfs(&["create", "-o", "canmount=noauto", "-o", "readonly=off", &dataset]),
+        };
+        made.map_err(|trouble: Trouble| task.trouble(trouble))?;
+        let path = pool.mount_point(&dataset);
+        let stage = Stage { pool: Arc::clone(pool), dataset, path };
+        pool.mount(&stage.dataset).map_err(|trouble| task.trouble(trouble))?;
+        let base = match task.request.base {
+            Some(base) => Some(pool.view(OPERATION, base)?),
+            None => {
+                clear(&stage.path).map_err(|error| Error::io(OPERATION, stage.path.display(), error))?;
+                None
+            }
+        };
+        let root = base.as_ref().map(|view| Root::open(view.path())).transpose()?;
+        let destination = Root::open(&stage.path)?;
+        let applier = Applier::new(destination, root, Sharing::Exclusive, None, Box::new(|_| Ok(())))?;
+        Ok(Self { applier: Some(applier), _base: base, stage })
+    }
+
+    pub(super) fn write(&mut self, chunk: &[u8]) -> Result<()> {
+        match &mut self.applier {
+            Some(applier) => applier.feed(chunk),
+            None => Err(Error::new(OPERATION, "stream", ErrorKind::Corrupt("the receive failed before".to_owned()))),
+        }
+    }
+
+    pub(super) fn commit(mut self, task: &Task) -> Result<StoredSnapshot> {
+        let pool = &task.pool;
+        let Some(applier) = self.applier.take() else {
+            return Err(task.failed(ErrorKind::Corrupt("the receive failed before".to_owned())));
+        };
+        for finding in applier.finish()?.findings {
+            tracing::warn!(snapshot = %task.request.snapshot.id, path = finding.path, "not kept: {}", finding.what);
+        }
+        sync(OPERATION, &self.stage.path)?;
+        let totals = count(Root::open(&self.stage.path)?)?;
+        pool.unmount(&self.stage.path).map_err(|trouble| task.trouble(trouble))?;
+        let name = format!("{}@{}", self.stage.dataset, task.request.snapshot.id);
+        pool.programs.zfs_patiently(&["snapshot", &name]).map_err(|trouble| task.trouble(trouble))?;
+        let same = match task.request.base.filter(|_| task.follows()) {
+            Some(base) => pool.is_as(OPERATION, base, &name)?,
+            None => false,
+        };
+        let stored = StoredSnapshot {
+            sequence: task.sequence(),
+            unchanged: same,
+            logical_bytes: totals.logical_bytes,
+            entries: totals.entries,
+            snapshot: task.request.snapshot.clone(),
+        };
+        match &task.destination {
+            Destination::New => pool.publish_new(task, &stored)?,
+            Destination::Volume(volume) => pool.publish_in_place(task, volume, &stored)?,
+        }
+        Ok(stored)
+    }
+}
+
+/// Returns the snapshot that an increment of a volume is grafted onto: its newest, which must hold what the base holds.
+fn top_of(task: &Task, volume: &Volume) -> Result<SnapshotKey> {
+    let own = &volume.snapshots;
+    let Some(top) = volume.tip() else {
+        let why = "the volume is there and has no snapshot; destroy it first".to_owned();
+        return Err(task.failed(ErrorKind::Unsupported(why)));
+    };
+    let Some(base) = task.request.base else { return Ok(top) };
+    let behind = own.iter().position(|stored| stored.snapshot.id == base.snapshot).map_or(0, |at| at + 1);
+    if base == top || own[behind..].iter().all(|stored| stored.unchanged) {
+        return Ok(top);
+    }
+    let why = "the volume has snapshots of its own that are newer than the base, and differ from it".to_owned();
+    Err(task.failed(ErrorKind::Unsupported(why)))
+}
+
+/// Removes what is in a directory.
+fn clear(path: &std::path::Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
+    }
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! The trash: whatever goes is renamed in here by one atomic step first, and destroyed afterwards, one thing at a time.
+
+use uuid::Uuid;
+
+use super::{
+    catalog::gone,
+    pool::Pool,
+    program::{Class, Trouble, patiently},
+};
+use crate::{
+    error::{Error, Result},
+    fault,
+};
+
+/// How many snapshots one command destroys where it takes several.
+const AT_ONCE: usize = 100;
+
+/// Something in the trash.
+#[derive(Debug)]
+#[must_use = "what is trashed wants to be destroyed"]
+pub(super) struct Trashed(String);
+
+impl Pool {
+    /// Renames a dataset into the trash. From here on it is gone for everybody; it is destroyed by
+    /// [`Pool::delete_trashed`] or at the next open.
+    pub(super) fn trash(&self, operation: &'static str, dataset: &str) -> Result<Trashed> {
+        let to = format!("{}/{}", self.folder("trash"), Uuid::now_v7());
+        let renamed = self.programs.zfs_patiently(&["rename", dataset, &to]);
+        renamed.map_err(|trouble: Trouble| -> Error { trouble.into_error(operation, dataset) })?;
+        Ok(Trashed(to))
+    }
+
+    /// Destroys what was trashed. A failure is logged and tried again at the next open: the verb is done already.
+    pub(super) fn delete_trashed(&self, trashed: Trashed) {
+        fault::point("zfs.trash.deleting");
+        self.delete(&trashed.0);
+    }
+
+    /// Destroys a dataset that nobody needs, with its snapshots; nothing beneath it, and nothing that depends on it.
+    pub(super) fn delete(&self, dataset: &str) {
+        if let Err(trouble) = self.try_delete(dataset) {
+            tracing::warn!(dataset, error = %trouble.error, "something in the trash cannot be destroyed yet");
+        }
+    }
+
+    fn try_delete(&self, dataset: &str) -> std::result::Result<(), Trouble> {
+        self.unmount(&self.mount_point(dataset))?;
+        let listed = match self.list(dataset, "type,userrefs") {
+            Err(trouble) if trouble.class == Class::NotFound => return Ok(()),
+            listed => listed?,
+        };
+        let own: Vec<&str> =
+            listed.iter().filter(|it| it.dataset() == dataset).filter_map(|it| it.snapshot()).collect();
+        for it in listed.iter().filter(|it| it.property("userrefs").is_some_and(|count| count != "0")) {
+            self.release(&[&it.name]);
+        }
+        let several = if self.abilities.modern { AT_ONCE } else { 1 };
+        // Newest first: that way each gives back what only it holds.
+        let newest_first: Vec<&str> = own.into_iter().rev().collect();
+        for names in newest_first.chunks(several) {
+            gone(self.programs.zfs_patiently(&["destroy", &format!("{dataset}@{}", names.join(","))]))?;
+        }
+        patiently(|| {
+            self.unmount(&self.mount_point(dataset))?;
+            gone(self.programs.zfs(&["destroy", dataset]))
+        })
+    }
+
+    /// Destroys one snapshot that nobody needs; a failure is logged and tried again at the next open.
+    pub(super) fn delete_snapshot(&self, name: &str) {
+        if let Err(error) = gone(self.programs.zfs_patiently(&["destroy", name])) {
+            tracing::warn!(name, error = %error.error, "a snapshot cannot be destroyed yet");
+        }
+    }
+}

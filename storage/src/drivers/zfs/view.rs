@@ -1,0 +1,179 @@
+//! Mounts: heads where they are attached, and snapshots where they are read.
+//!
+//! A snapshot is read through a clone of it in `ROOT/views`, which goes when the last reader has left; what is there at open
+//! is cleared away. zfs-fuse cannot mount a snapshot itself, and on OpenZFS a mounted snapshot keeps the dataset from being
+//! promoted: a reader would stand in the way of the next received snapshot. Refuses to know who reads.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use super::{
+    catalog::gone,
+    pool::{Pool, locked, make_dir},
+    program::{Class, Trouble, patiently, unless},
+};
+use crate::{
+    error::{Error, Result},
+    model::{SnapshotKey, VolumeId},
+};
+
+/// The snapshots that are mounted, by the names of their views, with the number of those who read.
+#[derive(Debug, Default)]
+pub(super) struct Views(Mutex<HashMap<String, usize>>);
+
+/// A snapshot that can be read at a path while this value lives.
+pub(super) struct View {
+    pool: Arc<Pool>,
+    name: String,
+    path: PathBuf,
+}
+
+impl std::fmt::Debug for View {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "View({})", self.path.display())
+    }
+}
+
+impl View {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        self.pool.leave_view(&self.name);
+    }
+}
+
+impl Pool {
+    /// Makes a snapshot readable.
+    pub(super) fn view(self: &Arc<Self>, operation: &'static str, key: SnapshotKey) -> Result<View> {
+        self.view_of(operation, &self.snapshot_name(key), view_name(key))
+    }
+
+    /// Makes any snapshot readable, under a name of its own.
+    pub(super) fn view_of(self: &Arc<Self>, operation: &'static str, snapshot: &str, name: String) -> Result<View> {
+        let path = self.enter_view(operation, snapshot, &name)?;
+        Ok(View { pool: Arc::clone(self), name, path })
+    }
+
+    /// Counts one more reader of a snapshot, who leaves by [`Pool::leave_view`]; the first one has it mounted.
+    pub(super) fn enter_view(&self, operation: &'static str, snapshot: &str, name: &str) -> Result<PathBuf> {
+        let path = self.mounts().join("views").join(name);
+        let mut views = locked(&self.views.0);
+        if !views.contains_key(name) {
+            make_dir(&path).map_err(|error| Error::io(operation, path.display(), error))?;
+            self.open_view(snapshot, name, &path).map_err(|trouble| trouble.into_error(operation, snapshot))?;
+        }
+        *views.entry(name.to_owned()).or_default() += 1;
+        Ok(path)
+    }
+
+    /// Counts one reader less; the last one has it unmounted.
+    pub(super) fn leave_view(&self, name: &str) {
+        let mut views = locked(&self.views.0);
+        let Some(readers) = views.get_mut(name) else { return };
+        *readers -= 1;
+        if *readers == 0 {
+            views.remove(name);
+            if let Err(trouble) = self.close_view(name) {
+                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot stays for now");
+            }
+        }
+    }
+
+    /// Closes all views at the end.
+    pub(super) fn close_views(&self) {
+        let names: Vec<String> = locked(&self.views.0).drain().map(|(name, _)| name).collect();
+        for name in names {
+            if let Err(trouble) = self.close_view(&name) {
+                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot stays for now");
+            }
+        }
+    }
+
+    fn open_view(&self, snapshot: &str, name: &str, path: &Path) -> std::result::Result<(), Trouble> {
+        if is_mounted(path) {
+            self.close_view(name)?;
+        }
+        let dataset = format!("{}/{name}", self.folder("views"));
+        let words = ["clone", "-o", "readonly=on", "-o", "canmount=noauto", snapshot, &dataset];
+        unless(Class::Exists, self.programs.zfs_patiently(&words))?;
+        self.mount(&dataset)
+    }
+
+    fn close_view(&self, name: &str) -> std::result::Result<(), Trouble> {
+        let (path, dataset) = (self.mounts().join("views").join(name), format!("{}/{name}", self.folder("views")));
+        patiently(|| {
+            self.unmount(&path)?;
+            gone(self.programs.zfs(&["destroy", &dataset]))
+        })
+    }
+
+    /// Mounts a dataset. A clone on zfs-fuse is mounted already, whatever its `canmount` says.
+    pub(super) fn mount(&self, dataset: &str) -> std::result::Result<(), Trouble> {
+        unless(Class::Mounted, self.programs.zfs_patiently(&["mount", dataset])).map(drop)
+    }
+
+    /// Unmounts what is mounted at a path, if anything is.
+    pub(super) fn unmount(&self, path: &Path) -> std::result::Result<(), Trouble> {
+        if is_mounted(path) {
+            let words = ["--".as_ref(), path.as_os_str()];
+            patiently(|| unless(Class::NotMounted, self.programs.run("umount", &words)))?;
+        }
+        let _ = fs::remove_dir(path);
+        Ok(())
+    }
+
+    /// Mounts the head of a volume and returns where.
+    pub(super) fn mount_head(&self, operation: &'static str, volume: VolumeId) -> Result<PathBuf> {
+        let dataset = self.volume_dataset(volume);
+        let path = self.mount_point(&dataset);
+        if !is_mounted(&path) {
+            self.mount(&dataset).map_err(|trouble| trouble.into_error(operation, volume))?;
+        }
+        Ok(path)
+    }
+
+    pub(super) fn unmount_head(&self, operation: &'static str, volume: VolumeId) -> Result<()> {
+        let path = self.mount_point(&self.volume_dataset(volume));
+        self.unmount(&path).map_err(|trouble: Trouble| -> Error { trouble.into_error(operation, volume) })
+    }
+
+    /// Unmounts all that is mounted beneath this pool's folder; what somebody uses stays.
+    pub(super) fn unmount_all(&self) {
+        for folder in super::pool::FOLDERS {
+            for entry in fs::read_dir(self.mounts().join(folder)).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if is_mounted(&path) {
+                    let words = ["--".as_ref(), path.as_os_str()];
+                    if let Err(trouble) = unless(Class::NotMounted, self.programs.run("umount", &words)) {
+                        tracing::info!(error = %trouble.error, "it stays mounted");
+                    }
+                }
+                let _ = fs::remove_dir(path);
+            }
+        }
+    }
+}
+
+/// Names the view of a snapshot.
+pub(super) fn view_name(key: SnapshotKey) -> String {
+    format!("{}.{}", key.volume, key.snapshot)
+}
+
+/// Tells whether something is mounted at a path: it lies on another device than the directory above. A mount whose
+/// daemon is gone counts, too.
+pub(super) fn is_mounted(path: &Path) -> bool {
+    let here = match fs::metadata(path) {
+        Ok(stat) => stat.dev(),
+        Err(error) => return error.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error()),
+    };
+    path.parent().and_then(|parent| fs::metadata(parent).ok()).is_some_and(|above| above.dev() != here)
+}
