@@ -1,0 +1,423 @@
+//! What happens to a world: verbs, faults and the passing of time, all chosen by the seed; then healing, and what must hold after it.
+
+use std::fmt::Write as _;
+
+use axum::http::Method;
+use flocker_storage::model::{Role, SnapshotId, VolumeId};
+use rand::{Rng, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
+use serde_json::{Value, json};
+
+use crate::{
+    invariants::Watch,
+    world::{Ticket, World, name_of},
+};
+
+/// How many things happen before all heals.
+const EVENTS: u32 = 60;
+/// The most steps between two of them (5 ms each).
+const MOST_STEPS: u32 = 300;
+/// How often the invariants are looked at between events, in steps.
+const LOOK_EVERY: u32 = 20;
+/// How long everything may take to come to rest after healing, in steps: ten minutes.
+const REST: u32 = 120_000;
+
+const VOLUMES: &[&str] = &["db", "web", "log"];
+const POLICIES: &[&str] = &["refuse", "refuse", "fork", "theirs", "ours"];
+
+/// What a run found out.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    /// Everything that happened, one thing a line.
+    pub(crate) story: String,
+    /// Transfers that were done.
+    pub(crate) transfers_done: u32,
+    /// How many nodes died, at fault points and otherwise.
+    pub(crate) deaths: u32,
+    /// Snapshots ever seen.
+    pub(crate) snapshots: usize,
+}
+
+/// A request whose answer is waited for.
+struct Waiting {
+    node: usize,
+    ticket: Ticket,
+    what: String,
+    then: Then,
+}
+
+/// What its answer means.
+enum Then {
+    Nothing,
+    /// The snapshot in the answer is promised.
+    Promise,
+}
+
+pub(crate) struct Scenario {
+    world: World,
+    watch: Watch,
+    rng: SmallRng,
+    nodes: usize,
+    report: Report,
+    waiting: Vec<Waiting>,
+    serial: u32,
+    steps: u64,
+}
+
+/// Runs one seed to its end.
+pub(crate) fn run(seed: u64, put_back: Option<&'static str>) -> (Report, Result<(), String>) {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let nodes = rng.random_range(3..=5);
+    let world = World::new(seed, nodes, put_back);
+    let watch = Watch::new(nodes);
+    let report = Report::default();
+    let mut scenario = Scenario { world, watch, rng, nodes, report, waiting: Vec::new(), serial: 0, steps: 0 };
+    let outcome = scenario.play();
+    scenario.report.snapshots = scenario.watch.snapshots;
+    (scenario.report, outcome)
+}
+
+impl Scenario {
+    fn play(&mut self) -> Result<(), String> {
+        self.until("all nodes are up", |it| (0..it.nodes).all(|node| it.world.is_ready(node)))?;
+        for _ in 0..EVENTS {
+            self.event();
+            let steps = self.rng.random_range(1..=MOST_STEPS);
+            self.pass(steps)?;
+        }
+        self.heal()?;
+        self.converge()
+    }
+
+    fn tell(&mut self, what: &str) {
+        let _ = writeln!(self.report.story, "{:>8.3}s {what}", self.steps as f64 * 0.005);
+    }
+
+    fn pass(&mut self, steps: u32) -> Result<(), String> {
+        for step in 0..steps {
+            let were_up: Vec<bool> = self.world.hosts.iter().map(|host| host.up).collect();
+            self.world.step();
+            self.steps += 1;
+            for (node, was_up) in were_up.into_iter().enumerate() {
+                if was_up && !self.world.hosts[node].up {
+                    self.tell(&format!("{} died at a fault point", name_of(node)));
+                    self.dead(node);
+                }
+            }
+            self.answers()?;
+            if step % LOOK_EVERY == 0 {
+                self.watch.check(&self.world)?;
+            }
+        }
+        self.watch.check(&self.world)
+    }
+
+    fn dead(&mut self, node: usize) {
+        self.report.deaths += 1;
+        self.watch.died(node);
+        self.waiting.retain(|waiting| waiting.node != node);
+    }
+
+    fn answers(&mut self) -> Result<(), String> {
+        let mut still = Vec::new();
+        for waiting in std::mem::take(&mut self.waiting) {
+            let Some((status, body)) = self.world.answer(waiting.node, waiting.ticket) else {
+                still.push(waiting);
+                continue;
+            };
+            let code = body["code"].as_str().unwrap_or_default().to_owned();
+            self.tell(&format!("    {} -> {status} {code}", waiting.what));
+            if status >= 500 && code != "peer_unreachable" {
+                return Err(format!("{} was answered with {status}: {body}", waiting.what));
+            }
+            if let Then::Promise = waiting.then
+                && status < 300
+                && let Some(id) = body["id"].as_str().and_then(|id| id.parse::<SnapshotId>().ok())
+            {
+                self.watch.promise(waiting.node, id);
+            }
+        }
+        self.waiting = still;
+        Ok(())
+    }
+
+    fn ask(&mut self, node: usize, method: Method, path: &str, body: Value, then: Then) {
+        let shown = if body.is_null() { String::new() } else { format!(" {body}") };
+        let what = format!("{} {method} {path}{shown}", name_of(node));
+        self.tell(&what);
+        let ticket = self.world.ask(node, method, path, body);
+        self.waiting.push(Waiting { node, ticket, what, then });
+    }
+
+    fn until(&mut self, what: &str, holds: impl Fn(&mut Self) -> bool) -> Result<(), String> {
+        for _ in 0..REST / LOOK_EVERY {
+            if holds(self) {
+                return Ok(());
+            }
+            self.pass(LOOK_EVERY)?;
+            if let Some((node, why)) = (0..self.nodes).find_map(|node| Some((node, self.world.failure(node)?))) {
+                return Err(format!("{} does not start: {why}", name_of(node)));
+            }
+        }
+        Err(format!("it does not come to this, within {REST} steps: {what}"))
+    }
+
+    /// Chooses one thing to happen.
+    fn event(&mut self) {
+        let node = self.rng.random_range(0..self.nodes);
+        if !self.world.hosts[node].up {
+            self.tell(&format!("{} starts", name_of(node)));
+            return self.world.start(node);
+        }
+        match self.rng.random_range(0..100) {
+            0..8 => self.create(node),
+            8..26 => self.write(node),
+            26..42 => self.snapshot(node),
+            42..66 => self.transfer(node),
+            66..70 => self.clone(node),
+            70..74 => self.rollback(node),
+            74..77 => self.forget(node),
+            77..79 => self.destroy(node),
+            79..82 => self.promote(node),
+            82..86 => {
+                self.tell(&format!("{} dies", name_of(node)));
+                self.world.crash(node);
+                self.dead(node);
+            }
+            86..92 => {
+                let passes = self.rng.random_range(0..12);
+                self.tell(&format!("{} dies at a fault point, after {passes} others", name_of(node)));
+                self.world.fates.doom(node, passes);
+            }
+            _ => self.weather(node),
+        }
+    }
+
+    fn other(&mut self, node: usize) -> usize {
+        (node + self.rng.random_range(1..self.nodes)) % self.nodes
+    }
+
+    /// Chooses a volume of a node: id, name, role, names of its snapshots.
+    fn volume(&mut self, node: usize) -> Option<(VolumeId, String, Role, Vec<(SnapshotId, String)>)> {
+        let volumes = self.world.look(node);
+        let volume = volumes.choose(&mut self.rng)?;
+        let snapshots = volume.snapshots.iter().map(|sight| &sight.held.snapshot);
+        let snapshots = snapshots.map(|snapshot| (snapshot.id, snapshot.name.to_string())).collect();
+        Some((volume.record.id, volume.record.name.to_string(), volume.record.role, snapshots))
+    }
+
+    fn create(&mut self, node: usize) {
+        let name = *VOLUMES.choose(&mut self.rng).unwrap();
+        self.ask(node, Method::POST, "/v1/volumes", json!({ "name": name }), Then::Nothing);
+    }
+
+    fn write(&mut self, node: usize) {
+        let Some((id, name, Role::Primary, _)) = self.volume(node) else { return };
+        let file = format!("file-{}", self.rng.random_range(0..6));
+        let length = self.rng.random_range(0..60_000);
+        let contents: Vec<u8> = (0..length).map(|_| self.rng.random()).collect();
+        let contents = (length > 2_000).then_some(&contents[..]);
+        self.tell(&format!("{} writes {length} bytes into {name}/{file}", name_of(node)));
+        self.watch.head_written(node, id);
+        self.world.hosts[node].pool.write(id, &file, contents);
+    }
+
+    fn snapshot(&mut self, node: usize) {
+        let Some((_, name, _, _)) = self.volume(node) else { return };
+        self.serial += 1;
+        let path = format!("/v1/volumes/{name}/snapshots");
+        let body = json!({ "name": format!("s{}", self.serial) });
+        self.ask(node, Method::POST, &path, body, Then::Promise);
+    }
+
+    fn transfer(&mut self, node: usize) {
+        let peer = self.other(node);
+        let policy = *POLICIES.choose(&mut self.rng).unwrap();
+        let mut body = json!({ "peer": name_of(peer), "on_divergence": policy });
+        if self.rng.random_bool(0.7) {
+            let Some((_, name, _, snapshots)) = self.volume(node) else { return };
+            let Some((_, snapshot)) = snapshots.last() else { return };
+            body["snapshot"] = json!(snapshot);
+            self.ask(node, Method::POST, &format!("/v1/volumes/{name}/push"), body, Then::Nothing);
+        } else {
+            let Some((_, name, _, _)) = self.volume(peer) else { return };
+            self.ask(node, Method::POST, &format!("/v1/volumes/{name}/pull"), body, Then::Nothing);
+        }
+    }
+
+    fn clone(&mut self, node: usize) {
+        let Some((_, name, _, snapshots)) = self.volume(node) else { return };
+        let Some((_, snapshot)) = snapshots.choose(&mut self.rng).cloned() else { return };
+        self.serial += 1;
+        let path = format!("/v1/volumes/{name}/snapshots/{snapshot}/clone");
+        let body = json!({ "name": format!("clone-{}", self.serial) });
+        self.ask(node, Method::POST, &path, body, Then::Nothing);
+    }
+
+    fn rollback(&mut self, node: usize) {
+        let Some((id, name, _, snapshots)) = self.volume(node) else { return };
+        let Some(at) = (!snapshots.is_empty()).then(|| self.rng.random_range(0..snapshots.len())) else { return };
+        let mut body = json!({ "snapshot": snapshots[at].1 });
+        match self.rng.random_range(0..3) {
+            0 => {}
+            1 => {
+                self.serial += 1;
+                body["newer"] = json!({ "fork": format!("fork-{}", self.serial) });
+            }
+            _ => {
+                // What arrives until it is done may go, too.
+                self.watch.condemn_volume(node, id);
+                body["newer"] = json!("discard");
+            }
+        }
+        self.ask(node, Method::POST, &format!("/v1/volumes/{name}/rollback"), body, Then::Nothing);
+    }
+
+    fn forget(&mut self, node: usize) {
+        let Some((_, name, _, snapshots)) = self.volume(node) else { return };
+        let Some((id, snapshot)) = snapshots.choose(&mut self.rng).cloned() else { return };
+        self.watch.condemn_snapshot(node, id);
+        let path = format!("/v1/volumes/{name}/snapshots/{snapshot}");
+        self.ask(node, Method::DELETE, &path, Value::Null, Then::Nothing);
+    }
+
+    fn destroy(&mut self, node: usize) {
+        let Some((id, name, _, _)) = self.volume(node) else { return };
+        self.watch.condemn_volume(node, id);
+        self.ask(node, Method::DELETE, &format!("/v1/volumes/{name}"), Value::Null, Then::Nothing);
+    }
+
+    fn promote(&mut self, node: usize) {
+        let Some((_, name, Role::Replica, _)) = self.volume(node) else { return };
+        self.ask(node, Method::POST, &format!("/v1/volumes/{name}/promote"), Value::Null, Then::Nothing);
+    }
+
+    /// Something happens to the network, or to a pool's speed.
+    fn weather(&mut self, node: usize) {
+        let other = self.other(node);
+        let (a, b) = (self.world.ip(node), self.world.ip(other));
+        let (from, to) = (name_of(node), name_of(other));
+        match self.rng.random_range(0..8) {
+            0 | 1 => {
+                self.tell(&format!("the line between {from} and {to} is cut"));
+                self.world.sim.partition(a, b);
+            }
+            2 => {
+                self.tell(&format!("nothing comes from {from} to {to} any more"));
+                self.world.sim.partition_oneway(a, b);
+            }
+            3 | 4 => {
+                self.tell(&format!("the line between {from} and {to} is mended"));
+                self.world.sim.repair(a, b);
+            }
+            5 => {
+                let latency = self.rng.random_range(1..400);
+                self.tell(&format!("the line between {from} and {to} takes up to {latency} ms"));
+                let latency = std::time::Duration::from_millis(latency);
+                self.world.sim.set_link_max_message_latency(a, b, latency);
+            }
+            6 => {
+                let (lost_of, doubled_of) = (self.rng.random_range(0..20), self.rng.random_range(0..20));
+                self.tell(&format!("one datagram of {lost_of} is lost, one of {doubled_of} comes twice"));
+                let mut weather = self.world.weather.lock().unwrap();
+                (weather.lost_of, weather.doubled_of) = (lost_of, doubled_of);
+            }
+            _ => {
+                let slow = self.rng.random_bool(0.5);
+                self.tell(&format!("the pool of {from} is {}", if slow { "slow" } else { "quick" }));
+                self.world.fates.set_slow(node, slow);
+            }
+        }
+    }
+
+    /// The line is whole again, every node is up, and whatever was under way comes to its end.
+    fn heal(&mut self) -> Result<(), String> {
+        self.tell("everything heals");
+        self.world.fates.relent();
+        {
+            let mut weather = self.world.weather.lock().unwrap();
+            (weather.lost_of, weather.doubled_of) = (0, 0);
+        }
+        for a in 0..self.nodes {
+            for b in 0..self.nodes {
+                if a != b {
+                    let (a, b) = (self.world.ip(a), self.world.ip(b));
+                    self.world.sim.repair(a, b);
+                    self.world.sim.set_link_max_message_latency(a, b, std::time::Duration::from_millis(30));
+                }
+            }
+            if !self.world.hosts[a].up {
+                self.world.start(a);
+            }
+        }
+        self.until("all nodes are up", |it| (0..it.nodes).all(|node| it.world.is_ready(node)))?;
+        self.until("every request is answered", |it| it.waiting.is_empty())?;
+        for node in 0..self.nodes {
+            self.all_final(node)?;
+        }
+        Ok(())
+    }
+
+    fn all_final(&mut self, node: usize) -> Result<(), String> {
+        let mut open = Vec::new();
+        for _ in 0..REST / 200 {
+            let transfers = self.answer_of(node, Method::GET, "/v1/transfers", Value::Null)?;
+            let is_open = |transfer: &&Value| matches!(transfer["state"].as_str(), Some("running" | "interrupted"));
+            let all = transfers.as_array().cloned().unwrap_or_default();
+            open = all.iter().filter(is_open).cloned().collect();
+            if open.is_empty() {
+                let done = all.iter().filter(|transfer| transfer["state"] == "done").count();
+                self.report.transfers_done += done as u32;
+                return Ok(());
+            }
+            self.pass(200)?;
+        }
+        Err(format!("{} has transfers that come to no end: {open:?}", name_of(node)))
+    }
+
+    /// Asks and waits for the answer.
+    fn answer_of(&mut self, node: usize, method: Method, path: &str, body: Value) -> Result<Value, String> {
+        let ticket = self.world.ask(node, method.clone(), path, body);
+        for _ in 0..REST {
+            if let Some((status, body)) = self.world.answer(node, ticket) {
+                if status >= 400 {
+                    return Err(format!("{} {method} {path} was answered with {status}: {body}", name_of(node)));
+                }
+                return Ok(body);
+            }
+            self.pass(1)?;
+        }
+        Err(format!("{} does not answer {method} {path}", name_of(node)))
+    }
+
+    /// Every volume can be brought to every other node, keeping whatever is there.
+    fn converge(&mut self) -> Result<(), String> {
+        for node in 0..self.nodes {
+            for volume in self.world.look(node) {
+                let Some(tip) = volume.snapshots.last() else { continue };
+                let peer = self.other(node);
+                let name = volume.record.name.as_str();
+                let body =
+                    json!({ "peer": name_of(peer), "snapshot": tip.held.snapshot.name, "on_divergence": "fork" });
+                self.tell(&format!("{} must be able to push {name}: {body}", name_of(node)));
+                let started = self.answer_of(node, Method::POST, &format!("/v1/volumes/{name}/push"), body)?;
+                let id = started["id"].as_str().unwrap_or_default().to_owned();
+                self.all_final(node)?;
+                let ended = self.answer_of(node, Method::GET, &format!("/v1/transfers/{id}"), Value::Null)?;
+                if ended["state"] != "done" {
+                    return Err(format!("{} cannot push {name} to {}: {ended}", name_of(node), name_of(peer)));
+                }
+                let wanted = tip.held.snapshot.id;
+                let there = self.world.look(peer);
+                let mut all = there.iter().flat_map(|volume| &volume.snapshots);
+                if !all.any(|sight| sight.held.snapshot.id == wanted) {
+                    return Err(format!(
+                        "{} says it has pushed {wanted} to {}, where it is not",
+                        name_of(node),
+                        name_of(peer)
+                    ));
+                }
+            }
+        }
+        self.watch.check(&self.world)
+    }
+}
