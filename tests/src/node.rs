@@ -54,6 +54,8 @@ pub struct Node {
     pub fault: Option<String>,
     /// How much its next start logs, as in `FLOCKER_LOG`; the usual when left out.
     pub log_filter: Option<String>,
+    /// Further arguments of its next starts.
+    pub start_arguments: Vec<String>,
     options: Options,
     binary: PathBuf,
     daemon: Option<Child>,
@@ -92,7 +94,18 @@ impl Node {
         }
         let listen = options.listen.unwrap_or_else(free_address);
         let log = scratch.path().join(format!("{name}.log"));
-        Self { name: name.to_owned(), state, log, listen, fault: None, log_filter: None, options, binary, daemon: None }
+        Self {
+            name: name.to_owned(),
+            state,
+            log,
+            listen,
+            fault: None,
+            log_filter: None,
+            start_arguments: Vec::new(),
+            options,
+            binary,
+            daemon: None,
+        }
     }
 
     /// Returns the arguments of `init` or `join` for this node.
@@ -150,7 +163,7 @@ impl Node {
         assert!(self.daemon.is_none(), "{} runs already", self.name);
         let log = fs::File::options().create(true).append(true).mode(0o666).open(&self.log).expect("open the log");
         let mut command = self.command();
-        command.args(["node", "start", "--listen", &self.listen.to_string()]);
+        command.args(["node", "start", "--listen", &self.listen.to_string()]).args(&self.start_arguments);
         if let Some(fault) = &self.fault {
             command.env("FLOCKER_FAULT", fault);
         }

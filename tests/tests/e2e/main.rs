@@ -4,6 +4,7 @@
 mod api;
 mod backends;
 mod bad_input;
+mod btrfs;
 mod crashes;
 mod demo;
 mod enrolment;
