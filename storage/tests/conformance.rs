@@ -4,7 +4,7 @@
 mod support;
 
 use flocker_storage::conformance;
-use support::{Folders, LoopMount};
+use support::{Folders, LoopMount, zfs_fuse::ZfsHost};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn directory_passes_in_a_temporary_folder() {
@@ -35,6 +35,12 @@ async fn btrfs_passes_where_quotas_are_on() {
     let enabled = std::process::Command::new("btrfs").args(["quota", "enable"]).arg(mount.path()).status().unwrap();
     assert!(enabled.success(), "{enabled}");
     conformance::run(|| Folders::of("btrfs", mount.path())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn zfs_passes_on_a_pool_in_a_file() {
+    let Some(host) = ZfsHost::enter("zfs_passes_on_a_pool_in_a_file") else { return };
+    conformance::run(|| host.place()).await;
 }
 
 /// Root runs the suite once more as somebody who may do little: this binary, copied to where that user can read it.

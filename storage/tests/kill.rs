@@ -19,9 +19,10 @@ use std::{
 use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest},
     driver::{Access, Driver, SnapshotRequest, Target},
-    drivers::{btrfs, directory},
+    drivers::{btrfs, directory, zfs},
     model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
 };
+use support::zfs_fuse::ZfsHost;
 use uuid::Uuid;
 
 /// How the folder of a place on btrfs is called, for the child to know the driver by.
@@ -29,8 +30,19 @@ const BTRFS_PLACE: &str = "btrfs-place-";
 
 /// Opens a pool with the driver of its place.
 async fn open(path: &Path) -> flocker_storage::error::Result<Arc<dyn Driver>> {
+    if is_dataset(path) {
+        return support::open_with(zfs::NAME, path).await;
+    }
     let on_btrfs = path.components().any(|part| part.as_os_str().to_string_lossy().starts_with(BTRFS_PLACE));
     support::open_with(if on_btrfs { btrfs::NAME } else { directory::NAME }, path).await
+}
+
+/// The fault points that the scenario passes by the driver's own format; the others by the portable one.
+const NATIVE_POINTS: [&str; 3] = ["zfs.receive.opened", "zfs.receive.landed", "zfs.receive.published"];
+
+/// A place on ZFS is named by its dataset.
+fn is_dataset(path: &Path) -> bool {
+    path.is_relative()
 }
 
 const SCENARIO: &str = "FLOCKER_TEST_SCENARIO";
@@ -88,7 +100,17 @@ async fn take(driver: &dyn Driver, volume: u128, snapshot: u128, parents: &[u128
 }
 
 async fn send(from: &dyn Driver, to: &dyn Driver, base: Option<SnapshotKey>, target: &HeldSnapshot, volume: u128) {
-    let format = DeltaFormat::tree();
+    send_in(DeltaFormat::tree(), from, to, base, target, volume).await;
+}
+
+async fn send_in(
+    format: DeltaFormat,
+    from: &dyn Driver,
+    to: &dyn Driver,
+    base: Option<SnapshotKey>,
+    target: &HeldSnapshot,
+    volume: u128,
+) {
     let compare = Compare::Metadata;
     let request = DeltaRequest { base, target: target.key(), format: format.clone(), compare, resume: None };
     let mut reader = from.read_delta(request).await.unwrap();
@@ -129,7 +151,9 @@ async fn build(place: &Path, point: &str) {
     pool.create(&record(3, None, Role::Primary)).await.unwrap();
     write(&*pool, 3, &[("x/y", "z")]).await;
     take(&*pool, 3, 3, &[]).await;
-    send(&*sender, &*pool, None, &first, 4).await;
+    // On ZFS an increment can travel natively only where the first one did.
+    let format = if is_dataset(place) { sender.capabilities().formats[0].clone() } else { DeltaFormat::tree() };
+    send_in(format, &*sender, &*pool, None, &first, 4).await;
     write(&*pool, 4, &[]).await;
     let other = HeldSnapshot { snapshot: snapshot_record(41, &[]), ..first };
     send(&*sender, &*pool, None, &other, 5).await;
@@ -151,6 +175,12 @@ async fn act(place: &Path, point: &str) {
         "clone" => (*pool).clone_from(&record(9, Some(key(1, 1)), Role::Primary)).await.unwrap(),
         "split" => pool.split(key(1, 1), &record(9, Some(key(1, 1)), Role::Primary)).await.unwrap(),
         "receive" if point.ends_with(".checkpoint") => receive(place, &*pool, None, 61, 6).await,
+        "receive" if NATIVE_POINTS.contains(&point) => {
+            let sender = open(&place.join("sender")).await.unwrap();
+            let lineage = sender.lineage(volume_id(4)).await.unwrap();
+            let (target, base) = (lineage.find(snapshot_id(42)).unwrap(), Some(key(4, 41)));
+            send_in(sender.capabilities().formats[0].clone(), &*sender, &*pool, base, target, 4).await;
+        }
         "receive" => receive(place, &*pool, Some(key(4, 41)), 42, 4).await,
         other => panic!("no scenario passes {other}"),
     }
@@ -214,6 +244,9 @@ async fn space(place: &Path) -> Vec<PathBuf> {
     }
     drop(pool);
     drop(open(&path).await.unwrap());
+    if is_dataset(&path) {
+        return datasets(&path);
+    }
     let mut names: Vec<_> = read_tree(&path).into_keys().collect();
     for name in names.iter_mut().filter(|name| name.components().any(|part| part.as_os_str() == "baselines")) {
         // The name of a baseline holds an inode number and a time.
@@ -224,6 +257,21 @@ async fn space(place: &Path) -> Vec<PathBuf> {
     }
     names.sort();
     names
+}
+
+/// Lists the datasets and snapshots of a pool, and the properties that were set on them.
+fn datasets(pool: &Path) -> Vec<PathBuf> {
+    let run = |words: &[&str]| {
+        let output = Command::new("zfs").args(words).arg(pool).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        // Cases differ in the name of the pool, and in when what was asked for was no longer wanted.
+        text.lines().map(|line| PathBuf::from(line.replace(pool.to_str().unwrap(), "POOL"))).collect::<Vec<_>>()
+    };
+    let names = run(&["list", "-H", "-r", "-t", "all", "-o", "name"]);
+    let properties = run(&["get", "-H", "-r", "-s", "local", "-o", "name,property", "all"]);
+    let properties = properties.into_iter().filter(|line| !line.to_string_lossy().ends_with("org.flocker:pending"));
+    names.into_iter().chain(properties).collect()
 }
 
 /// The process that dies. It is a test only so that the test binary can start itself.
@@ -246,11 +294,48 @@ fn kill_at(place: &Path, point: &str, pass: u32) -> bool {
     }
 }
 
+/// Where places are made.
+#[derive(Clone, Copy)]
+enum Ground<'a> {
+    Temporary,
+    Btrfs(&'a Path),
+    Zfs(&'a Arc<ZfsHost>),
+}
+
+/// A place; what it holds goes with the value.
+enum Place {
+    Folder(tempfile::TempDir),
+    Dataset(Arc<ZfsHost>, PathBuf),
+}
+
+impl Place {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Folder(folder) => folder.path(),
+            Self::Dataset(_, dataset) => dataset,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Self::Dataset(host, dataset) = self
+            && !std::thread::panicking()
+        {
+            host.destroy(dataset.to_str().unwrap());
+        }
+    }
+}
+
 /// Builds a place once; copies of it would have other inodes, which counts as tampering.
-async fn built(point: &str, mount: Option<&Path>) -> tempfile::TempDir {
-    let place = match mount {
-        Some(mount) => tempfile::Builder::new().prefix(BTRFS_PLACE).tempdir_in(mount).unwrap(),
-        None => tempfile::tempdir().unwrap(),
+async fn built(point: &str, ground: Ground<'_>) -> Place {
+    let place = match ground {
+        Ground::Temporary => Place::Folder(tempfile::tempdir().unwrap()),
+        Ground::Btrfs(mount) => Place::Folder(tempfile::Builder::new().prefix(BTRFS_PLACE).tempdir_in(mount).unwrap()),
+        Ground::Zfs(host) => {
+            let dataset = host.dataset(&format!("x{}", Uuid::now_v7().simple()));
+            Place::Dataset(Arc::clone(host), dataset.into())
+        }
     };
     build(place.path(), point).await;
     place
@@ -258,21 +343,33 @@ async fn built(point: &str, mount: Option<&Path>) -> tempfile::TempDir {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_kill_at_any_fault_point_the_pool_is_in_the_old_or_the_new_state() {
-    die_at_each(directory::FAULT_POINTS, None).await;
+    die_at_each(directory::FAULT_POINTS, Ground::Temporary).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_kill_at_any_fault_point_a_btrfs_pool_is_in_the_old_or_the_new_state() {
     let Some(mount) = support::LoopMount::try_new("btrfs", 4 << 30, &["-q"]) else { return };
-    die_at_each(btrfs::FAULT_POINTS, Some(mount.path())).await;
+    die_at_each(btrfs::FAULT_POINTS, Ground::Btrfs(mount.path())).await;
 }
 
-async fn die_at_each(points: &'static [&'static str], mount: Option<&Path>) {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state() {
+    let test = "after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let all: &'static [&'static str] = zfs::FAULT_POINTS;
+    // In the emulated machine every command takes ten times as long: there, the verbs of several steps only.
+    let is_long = |point: &&&str| point.starts_with("zfs.split.") || point.starts_with("zfs.receive.");
+    let wanted = std::env::var("POINT").unwrap_or_default();
+    let points = all.iter().filter(|point| host.is_fuse() || is_long(point)).filter(|point| point.contains(&wanted));
+    die_at_each(points.copied().collect::<Vec<_>>().leak(), Ground::Zfs(&host)).await;
+}
+
+async fn die_at_each(points: &'static [&'static str], ground: Ground<'_>) {
     let mut news: BTreeMap<&str, (Seen, Vec<PathBuf>)> = BTreeMap::new();
     for point in points {
         let verb = if point.ends_with(".checkpoint") { point } else { point.split('.').nth(1).unwrap() };
         if !news.contains_key(verb) {
-            let place = built(point, mount).await;
+            let place = built(point, ground).await;
             act(place.path(), point).await;
             let seen = see(place.path()).await;
             news.insert(verb, (seen, space(place.path()).await));
@@ -280,7 +377,7 @@ async fn die_at_each(points: &'static [&'static str], mount: Option<&Path>) {
         let (new, new_space) = &news[verb];
         let mut passes = 0;
         for pass in 1.. {
-            let place = built(point, mount).await;
+            let place = built(point, ground).await;
             let old = see(place.path()).await;
             if !kill_at(place.path(), point, pass) {
                 break;
@@ -301,17 +398,17 @@ async fn die_at_each(points: &'static [&'static str], mount: Option<&Path>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_receive_that_was_killed_goes_on_from_its_last_checkpoint() {
-    goes_on_from_its_last_checkpoint("directory.receive.checkpoint", None).await;
+    goes_on_from_its_last_checkpoint("directory.receive.checkpoint", Ground::Temporary).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_portable_receive_on_btrfs_that_was_killed_goes_on_from_its_last_checkpoint() {
     let Some(mount) = support::LoopMount::try_new("btrfs", 2 << 30, &["-q"]) else { return };
-    goes_on_from_its_last_checkpoint("btrfs.receive.checkpoint", Some(mount.path())).await;
+    goes_on_from_its_last_checkpoint("btrfs.receive.checkpoint", Ground::Btrfs(mount.path())).await;
 }
 
-async fn goes_on_from_its_last_checkpoint(point: &str, mount: Option<&Path>) {
-    let place = built(point, mount).await;
+async fn goes_on_from_its_last_checkpoint(point: &str, ground: Ground<'_>) {
+    let place = built(point, ground).await;
     assert!(kill_at(place.path(), point, 1));
     let pool = open(&place.path().join("pool")).await.unwrap();
     let sender = open(&place.path().join("sender")).await.unwrap();

@@ -151,11 +151,13 @@ impl ZfsHost {
         Command::new("zfs").args(arguments).output().unwrap()
     }
 
-    /// Returns pools for one case of the suite: datasets below a new one, which goes when the value is dropped.
+    /// Returns pools for one case of the suite, which go when the value is dropped: datasets below a new one. On zfs-fuse
+    /// each lies in a pool of its own, as on two hosts: it finds the origin of a received clone by guid, anywhere in the pool.
     pub fn place(self: &Arc<Self>) -> ZfsPlace {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("case{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        ZfsPlace { dataset: self.dataset(&name), host: Arc::clone(self) }
+        let dataset = if self.is_fuse() { name } else { self.dataset(&name) };
+        ZfsPlace { dataset, host: Arc::clone(self) }
     }
 
     /// Destroys a dataset with all below it.
@@ -222,7 +224,17 @@ pub struct ZfsPlace {
 impl ZfsPlace {
     /// Returns the name of the dataset that a pool lives in.
     pub fn dataset(&self, pool: &str) -> String {
-        format!("{}/{pool}", self.dataset)
+        if self.host.is_fuse() { format!("{}{pool}/pool", self.dataset) } else { format!("{}/{pool}", self.dataset) }
+    }
+
+    /// Makes the pool of a pool where it has one of its own.
+    fn make_pool(&self, pool: &str) {
+        let name = format!("{}{pool}", self.dataset);
+        let image = self.host.folder.join(&name);
+        if self.host.is_fuse() && !image.exists() {
+            fs::File::create(&image).unwrap().set_len(POOL_BYTES).unwrap();
+            must(Command::new("zpool").args(["create", "-m", "none", &name]).arg(&image));
+        }
     }
 }
 
@@ -230,6 +242,7 @@ impl ZfsPlace {
 impl Fixture for ZfsPlace {
     async fn open(&self, pool: &str) -> Result<Arc<dyn Driver>> {
         let dataset = self.dataset(pool);
+        self.make_pool(pool);
         if !self.host.try_zfs(&["list", &dataset]).status.success() {
             self.host.zfs(&["create", "-o", "mountpoint=none", &dataset]);
         }
@@ -244,8 +257,18 @@ impl Fixture for ZfsPlace {
 
 impl Drop for ZfsPlace {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
-            self.host.destroy(&self.dataset);
+        if std::thread::panicking() {
+            return;
+        }
+        if !self.host.is_fuse() {
+            return self.host.destroy(&self.dataset);
+        }
+        for entry in fs::read_dir(&self.host.folder).unwrap().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.strip_prefix(&self.dataset).is_some_and(|rest| rest.starts_with(char::is_alphabetic)) {
+                self.host.eventually("zpool", &["destroy", "-f", &name]);
+                fs::remove_file(entry.path()).unwrap();
+            }
         }
     }
 }

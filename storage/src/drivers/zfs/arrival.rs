@@ -148,8 +148,11 @@ impl Arrival {
         }
         match &task.destination {
             Destination::Volume(_) if begin.is_clone => unfit("the base belongs to another volume at the sender"),
-            Destination::New if !begin.is_clone && !self.pool.abilities.modern => {
-                unfit("the base belongs to the same volume at the sender")
+            Destination::New if self.pool.abilities.modern => Ok(()),
+            Destination::New if !begin.is_clone => unfit("the base belongs to the same volume at the sender"),
+            // zfs-fuse cannot be told the origin: it takes the first snapshot of that guid in the whole pool.
+            Destination::New if !self.pool.is_only_one(begin.from_guid).map_err(|it| task.trouble(it))? => {
+                unfit("another snapshot of the same origin lies in the pool, and zfs-fuse cannot tell them apart")
             }
             _ => Ok(()),
         }
@@ -342,6 +345,14 @@ impl Pool {
         let found = self.look(&self.snapshot_name(key), "guid");
         let found = found.map_err(|trouble| trouble.into_error(operation, key.snapshot))?;
         found.guid().ok_or_else(|| super::catalog::missing(operation, key.snapshot))
+    }
+
+    /// Tells whether one snapshot only has this guid, in and out of our part of the pool.
+    fn is_only_one(&self, guid: u64) -> std::result::Result<bool, Trouble> {
+        let pool = self.root().split('/').next().unwrap_or_default();
+        let of_guid =
+            self.list(pool, "guid")?.into_iter().filter(|it| it.snapshot().is_some() && it.guid() == Some(guid));
+        Ok(of_guid.count() == 1)
     }
 
     /// Takes off the head what counts as a change for ZFS and not for us (a mount leaves some): the head is clean, and no

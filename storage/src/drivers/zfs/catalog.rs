@@ -16,6 +16,7 @@ use super::{
     pool::Pool,
     program::{Class, Trouble, unless},
     property::{self, Encoded},
+    snapshot::Totals,
 };
 use crate::{
     driver::{Orphan, Scan, Target},
@@ -51,6 +52,10 @@ pub(super) struct StoredSnapshot {
 }
 
 impl StoredSnapshot {
+    pub(super) fn totals(&self) -> Totals {
+        Totals { entries: self.entries, logical_bytes: self.logical_bytes }
+    }
+
     pub(super) fn held(self, volume: VolumeId) -> HeldSnapshot {
         let Self { unchanged, logical_bytes, snapshot, .. } = self;
         HeldSnapshot { snapshot, volume, unchanged, logical_bytes }

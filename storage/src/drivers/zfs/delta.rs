@@ -9,7 +9,7 @@ use std::{
     io,
     process::ChildStdout,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -21,16 +21,17 @@ use tokio::sync::mpsc;
 use super::{
     FORMAT_1, FORMAT_2,
     catalog::{StoredSnapshot, Volume, missing},
-    pool::Pool,
+    pool::{Pool, locked},
     program::Trouble,
     resume,
-    snapshot::{PIECE, Totals, read},
+    snapshot::{PIECE, Totals, fill},
     stream::{PLAIN, RICH},
     view::View,
 };
 use crate::{
     command::{Input, Running},
-    delta::{DeltaFormat, DeltaReader, DeltaRequest},
+    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest},
+    driver::Finding,
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
     tree::{
@@ -146,7 +147,9 @@ impl Pool {
             };
             let base = request.base.map(&mut side).transpose()?;
             let target = side(request.target)?;
-            From::Trees(Box::new(DeltaWriter::new(base, target, request.compare, request.resume.as_ref())?))
+            // zfs-fuse keeps whole seconds: a file that was rewritten right after a snapshot looks the same.
+            let compare = if self.abilities.modern { request.compare } else { Compare::Contents };
+            From::Trees(Box::new(DeltaWriter::new(base, target, compare, request.resume.as_ref())?))
         } else {
             From::Program(self.start_sending(request, &volume, target)?)
         };
@@ -195,14 +198,10 @@ impl Sending {
     fn next_chunk(&mut self) -> Result<Option<Bytes>> {
         let failed = |kind: ErrorKind| Error::new(OPERATION, "snapshot", kind);
         let mut chunk = std::mem::take(&mut self.first);
-        let mut at = chunk.len();
+        let filled = chunk.len();
         chunk.resize(PIECE, 0);
-        while at < PIECE {
-            match read(&mut self.stdout, &mut chunk[at..]).map_err(|error| failed(ErrorKind::from_io(error)))? {
-                0 => break,
-                length => at += length,
-            }
-        }
+        let more = fill(&mut self.stdout, &mut chunk[filled..]);
+        let at = filled + more.map_err(|error| failed(ErrorKind::from_io(error)))?;
         chunk.truncate(at);
         if at < PIECE {
             // It has ended. Its own words go before what it wrote last.
@@ -223,6 +222,7 @@ pub(super) struct ZfsDeltaReader {
     chunks: mpsc::Receiver<Result<Option<Bytes>>>,
     stop: Stopper,
     ended: bool,
+    findings: Arc<Mutex<Vec<Finding>>>,
 }
 
 impl Drop for ZfsDeltaReader {
@@ -243,6 +243,8 @@ impl ZfsDeltaReader {
             From::Program(sending) => Stopper::Program(Arc::clone(&sending.running)),
         };
         let (sender, chunks) = mpsc::channel(CHUNKS_AHEAD);
+        let findings: Arc<Mutex<Vec<Finding>>> = Arc::default();
+        let found = Arc::clone(&findings);
         tokio::task::spawn_blocking(move || {
             loop {
                 let chunk = match &mut source.from {
@@ -250,6 +252,9 @@ impl ZfsDeltaReader {
                     From::Program(sending) => sending.next_chunk(),
                 };
                 if !matches!(chunk, Ok(Some(_))) {
+                    if let From::Trees(writer) = &mut source.from {
+                        locked(&found).append(&mut writer.take_findings());
+                    }
                     // Whoever has read to the end may do to the snapshots what they like.
                     drop(source);
                     let _ = sender.blocking_send(chunk);
@@ -260,7 +265,7 @@ impl ZfsDeltaReader {
                 }
             }
         });
-        Self { chunks, stop, ended: false }
+        Self { chunks, stop, ended: false, findings }
     }
 }
 
@@ -276,6 +281,10 @@ impl DeltaReader for ZfsDeltaReader {
         });
         self.ended = !matches!(next, Ok(Some(_)));
         next
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        std::mem::take(&mut locked(&self.findings))
     }
 }
 

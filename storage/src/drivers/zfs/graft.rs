@@ -14,6 +14,7 @@ use super::{
     view::View,
 };
 use crate::{
+    driver::Finding,
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
     tree::{
@@ -82,6 +83,11 @@ impl Graft {
             Some(applier) => applier.feed(chunk),
             None => Err(Error::new(OPERATION, "stream", ErrorKind::Corrupt("the receive failed before".to_owned()))),
         }
+    }
+
+    /// Returns what could not be kept so far.
+    pub(super) fn take_findings(&mut self) -> Vec<Finding> {
+        self.applier.as_mut().map(Applier::take_findings).unwrap_or_default()
     }
 
     pub(super) fn commit(mut self, task: &Task) -> Result<StoredSnapshot> {

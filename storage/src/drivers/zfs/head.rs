@@ -15,7 +15,11 @@ use crate::{
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, Role, SnapshotKey, VolumeId, VolumeRecord},
-    tree::{root::Root, walk::Walk},
+    tree::{
+        root::Root,
+        walk::{Links, Walk},
+        weave::TreeView,
+    },
 };
 
 impl Pool {
@@ -41,15 +45,43 @@ impl Pool {
                 return Ok(true);
             }
         }
-        let now = Momentary { pool: self, name: format!("{dataset}@compare.{}", Uuid::now_v7()) };
-        let taken = self.programs.zfs_patiently(&["snapshot", &now.name]);
-        taken.map_err(|trouble: Trouble| trouble.into_error(operation, volume.id()))?;
+        let now = self.moment(operation, volume)?;
         match tip {
             Some((tip, _)) => self.is_as(operation, tip, &now.name),
             None => {
                 let view = self.view_of(operation, &now.name, format!("compared.{}", Uuid::now_v7()))?;
                 // Nothing but the root itself.
                 Ok(Walk::live(Root::open(view.path())?).take(2).collect::<Result<Vec<_>>>()?.len() < 2)
+            }
+        }
+    }
+
+    /// Takes a snapshot of a head for a moment.
+    fn moment(self: &Arc<Self>, operation: &'static str, volume: &Volume) -> Result<Momentary> {
+        self.sync_head(operation, volume)?;
+        let name = format!("{}@compare.{}", volume.found.name, Uuid::now_v7());
+        let taken = self.programs.zfs_patiently(&["snapshot", &name]);
+        taken.map_err(|trouble: Trouble| trouble.into_error(operation, volume.id()))?;
+        Ok(Momentary { pool: Arc::clone(self), name })
+    }
+
+    /// Opens a snapshot to be read; of a head, what it is at this moment.
+    pub(super) fn tree_view(self: &Arc<Self>, target: Target) -> Result<TreeView> {
+        const OPERATION: &str = "read";
+        match target {
+            Target::Snapshot(volume, snapshot) => {
+                let key = SnapshotKey { volume, snapshot };
+                let begun = self.stored(OPERATION, key)?.snapshot.created;
+                let view = self.view(OPERATION, key)?;
+                let tree = TreeView::still(Root::open(view.path())?, Links::ByInode);
+                Ok(tree.begun(begun).guarded(Box::new(view)))
+            }
+            Target::Head(id) => {
+                let volume = self.volume(OPERATION, id)?;
+                let now = self.moment(OPERATION, &volume)?;
+                let view = self.view_of(OPERATION, &now.name, format!("compared.{}", Uuid::now_v7()))?;
+                let tree = TreeView::still(Root::open(view.path())?, Links::ByInode);
+                Ok(tree.guarded(Box::new((view, now))))
             }
         }
     }
@@ -185,12 +217,12 @@ impl Pool {
 }
 
 /// A snapshot that is destroyed when it is not needed any more.
-struct Momentary<'a> {
-    pool: &'a Pool,
+struct Momentary {
+    pool: Arc<Pool>,
     name: String,
 }
 
-impl Drop for Momentary<'_> {
+impl Drop for Momentary {
     fn drop(&mut self) {
         self.pool.delete_snapshot(&self.name);
     }

@@ -44,6 +44,7 @@ use crate::{
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
     error::{Error, ErrorKind, Result},
     model::{HeadState, Lineage, SnapshotKey, VolumeId, VolumeRecord},
+    tree::weave::TreeView,
 };
 
 /// The driver's name before the colon of a pool.
@@ -182,6 +183,10 @@ impl Driver for ZfsDriver {
 
     async fn detach(&self, target: Target) -> Result<()> {
         self.with("detach", move |pool| pool.detach(target)).await
+    }
+
+    async fn view(&self, target: Target) -> Result<TreeView> {
+        self.with("read", move |pool| pool.tree_view(target)).await
     }
 
     async fn lineage(&self, volume: VolumeId) -> Result<Lineage> {

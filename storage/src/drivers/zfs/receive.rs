@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
+    driver::Finding,
     error::{Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, VolumeId},
@@ -337,6 +338,13 @@ impl Receiving for ZfsReceiving {
         .await?;
         self.work = Some(work);
         Ok(())
+    }
+
+    fn take_findings(&mut self) -> Vec<Finding> {
+        match self.work.as_mut().map(|work| &mut work.taker) {
+            Some(Taker::Tree(graft)) => graft.take_findings(),
+            _ => Vec::new(),
+        }
     }
 
     async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {

@@ -1,6 +1,8 @@
 //! Taking snapshots of heads, comparing and counting what is in them.
 
-use std::{fs::File, io, path::Path, sync::Arc};
+use std::{collections::BTreeSet, fs::File, io, path::Path, sync::Arc};
+
+use rustix::fs::OFlags;
 
 use super::{
     catalog::{PENDING, StoredSnapshot, Volume},
@@ -45,11 +47,12 @@ pub(super) struct Totals {
 }
 
 /// What a stream from one snapshot to the next tells of the two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Glance {
     Equal,
     Different,
-    Unclear,
+    /// Only reading tells: these inodes, or all where it is not known which.
+    Unclear(Option<BTreeSet<u64>>),
 }
 
 /// Snapshots that were taken and have no record yet. They are destroyed unless they are published.
@@ -97,7 +100,7 @@ impl Pool {
     }
 
     /// What programs wrote, the mapped pages among it, is in a snapshot only once the file system has it.
-    fn sync_head(&self, operation: &'static str, volume: &Volume) -> Result<()> {
+    pub(super) fn sync_head(&self, operation: &'static str, volume: &Volume) -> Result<()> {
         let path = self.mount_point(&volume.found.name);
         if !is_mounted(&path) {
             return Ok(());
@@ -127,19 +130,30 @@ impl Pool {
         let key = SnapshotKey { volume: request.volume, snapshot: request.snapshot.id };
         let name = self.snapshot_name(key);
         let tip = self.tip(OPERATION, volume)?;
-        let known = match &tip {
-            Some((tip, stored)) if self.is_as(OPERATION, *tip, &name)? => Some(stored),
-            _ => None,
+        let glance = match &tip {
+            Some((tip, _)) => self.glance(&self.snapshot_name(*tip), &name),
+            None => Glance::Different,
         };
-        let totals = match known {
-            Some(known) => Totals { entries: known.entries, logical_bytes: known.logical_bytes },
-            None => count(Root::open(self.view(OPERATION, key)?.path())?)?,
+        let (totals, equal) = match (&tip, glance) {
+            (Some((_, known)), Glance::Equal) => (known.totals(), true),
+            (tip, glance) => {
+                let view = self.view(OPERATION, key)?;
+                let totals = count(Root::open(view.path())?)?;
+                let equal = match (tip, glance) {
+                    (Some((tip, known)), Glance::Unclear(inodes)) if known.totals() == totals => {
+                        let before = self.view(OPERATION, *tip)?;
+                        are_equal(&Root::open(before.path())?, &Root::open(view.path())?, inodes.as_ref())?
+                    }
+                    _ => false,
+                };
+                (totals, equal)
+            }
         };
         let tip = tip.as_ref().map(|(tip, _)| tip.snapshot);
         let follows = tip.is_some() && request.snapshot.parents.first().copied() == tip;
         Ok(StoredSnapshot {
             sequence: volume.next_sequence(),
-            unchanged: known.is_some() && follows,
+            unchanged: equal && follows,
             logical_bytes: totals.logical_bytes,
             entries: totals.entries,
             snapshot: request.snapshot.clone(),
@@ -168,10 +182,10 @@ impl Pool {
         match self.glance(&self.snapshot_name(snapshot), other) {
             Glance::Equal => Ok(true),
             Glance::Different => Ok(false),
-            Glance::Unclear => {
+            Glance::Unclear(inodes) => {
                 let one = self.view(operation, snapshot)?;
                 let two = self.view_of(operation, other, format!("compared.{}", uuid::Uuid::now_v7()))?;
-                are_equal(Root::open(one.path())?, Root::open(two.path())?)
+                are_equal(&Root::open(one.path())?, &Root::open(two.path())?, inodes.as_ref())
             }
         }
     }
@@ -179,24 +193,27 @@ impl Pool {
     /// Looks at what would be sent. That costs what was changed, not what is there.
     fn glance(&self, base: &str, other: &str) -> Glance {
         let Ok(running) = self.programs.start_zfs(&["send", "-i", base, other], Input::Nothing) else {
-            return Glance::Unclear;
+            return Glance::Unclear(None);
         };
-        let (mut reader, mut passed) = (Reader::default(), 0);
+        let (mut reader, mut passed) = (Reader::of_short(), 0);
         let mut buffer = vec![0; PIECE];
         if let Some(mut stdout) = running.take_stdout() {
             while let Ok(length @ 1..) = read(&mut stdout, &mut buffer) {
                 let mut out = Vec::new();
                 passed += length;
                 if reader.take(&buffer[..length], &mut out).is_err() {
-                    return Glance::Unclear;
+                    return Glance::Unclear(None);
                 }
                 if passed > GLANCE_BYTES {
                     return Glance::Different;
                 }
             }
         }
-        let ended = running.finish().is_ok() && reader.end().is_some();
-        if ended && !reader.changes() { Glance::Equal } else { Glance::Unclear }
+        match running.finish().is_ok() && reader.end().is_some() {
+            true if !reader.changes() => Glance::Equal,
+            true => Glance::Unclear(Some(reader.into_objects())),
+            false => Glance::Unclear(None),
+        }
     }
 
     /// Lists how a snapshot differs from what was taken. The file system holds it unchanged by itself; with contents, all is
@@ -215,14 +232,14 @@ impl Pool {
             let entry = entry?;
             totals.add(&entry);
             if findings.len() < FINDINGS_LIMIT && matches!(entry.kind, EntryKind::File { .. }) {
-                let file = walk.open_last(rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK)?;
+                let file = walk.open_last(OFlags::RDONLY | OFlags::NONBLOCK)?;
                 if let Err(error) = io::copy(&mut File::from(file), &mut io::sink()) {
                     let what = format!("it cannot be read: {error}");
                     findings.push(Finding { path: entry.path.to_string(), what });
                 }
             }
         }
-        let known = Totals { entries: stored.entries, logical_bytes: stored.logical_bytes };
+        let known = stored.totals();
         if totals != known {
             let what = format!(
                 "it holds {} entries and {} bytes, where {} and {} were counted",
@@ -252,24 +269,55 @@ pub(super) fn count(root: Root) -> Result<Totals> {
     Ok(totals)
 }
 
-/// Compares two snapshots of one file system, by metadata: a file that was rewritten has another ctime.
-fn are_equal(one: Root, two: Root) -> Result<bool> {
-    let (mut one, mut two) = (Walk::new(one, Links::ByInode), Walk::new(two, Links::ByInode));
+/// Compares two snapshots of one volume. Files are read where their inodes are among those given, or none are given: times
+/// are no proof, since zfs-fuse keeps whole seconds.
+fn are_equal(one: &Root, two: &Root, inodes: Option<&BTreeSet<u64>>) -> Result<bool> {
+    let mut left = Walk::new(one.try_clone()?, Links::ByInode);
+    let mut right = Walk::new(two.try_clone()?, Links::ByInode);
     loop {
-        let (a, b) = match (one.next().transpose()?, two.next().transpose()?) {
+        let (a, b) = match (left.next().transpose()?, right.next().transpose()?) {
             (None, None) => return Ok(true),
             (Some(a), Some(b)) => (a, b),
             _ => return Ok(false),
         };
-        let is_file = matches!(a.kind, EntryKind::File { .. });
-        let same = a.path == b.path
-            && a.kind == b.kind
-            && a.has_metadata_of(&b)
-            && (!is_file || a.stat.is_unchanged_since(&b.stat));
-        if !same {
+        if a.path != b.path || a.kind != b.kind || !a.has_metadata_of(&b) {
             return Ok(false);
         }
+        let is_file = matches!(a.kind, EntryKind::File { .. });
+        if is_file && inodes.is_none_or(|inodes| a.stat.ino != b.stat.ino || inodes.contains(&b.stat.ino)) {
+            let open = |walk: &mut Walk| walk.open_last(OFlags::RDONLY | OFlags::NONBLOCK).map(File::from);
+            if !same_contents(open(&mut left)?, open(&mut right)?)
+                .map_err(|error| Error::io("compare", a.path.to_string(), error))?
+            {
+                return Ok(false);
+            }
+        }
     }
+}
+
+fn same_contents(mut one: File, mut two: File) -> io::Result<bool> {
+    let (mut left, mut right) = (vec![0; PIECE], vec![0; PIECE]);
+    loop {
+        let length = fill(&mut one, &mut left)?;
+        if fill(&mut two, &mut right)? != length || left[..length] != right[..length] {
+            return Ok(false);
+        }
+        if length < PIECE {
+            return Ok(true);
+        }
+    }
+}
+
+/// Reads until the buffer is full or the file ends.
+pub(super) fn fill(from: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match read(from, &mut buffer[length..])? {
+            0 => break,
+            read => length += read,
+        }
+    }
+    Ok(length)
 }
 
 /// Reads again when a signal came between.

@@ -5,6 +5,8 @@
 //! pools. The stream is hostile: one substream, one beginning, one end, nothing behind it; and its last record, which makes
 //! `zfs receive` publish, is held back.
 
+use std::collections::BTreeSet;
+
 /// The length of a record's header.
 pub(super) const HEADER: usize = 312;
 
@@ -85,10 +87,22 @@ pub(super) struct Reader {
     swapped: bool,
     begin: Option<Begin>,
     changes: bool,
+    /// The inodes that records were of, where they are wanted.
+    objects: Option<BTreeSet<u64>>,
     end: Option<Vec<u8>>,
 }
 
 impl Reader {
+    /// Starts to read a stream that is short, and keeps which inodes are in it.
+    pub(super) fn of_short() -> Self {
+        Self { objects: Some(BTreeSet::new()), ..Self::default() }
+    }
+
+    /// Returns the inodes that changed, and some that lie beside them. None that is not among them has changed.
+    pub(super) fn into_objects(self) -> BTreeSet<u64> {
+        self.objects.unwrap_or_default()
+    }
+
     /// Takes bytes, and appends to `out` those that may be passed on: all but the last record.
     pub(super) fn take(&mut self, mut bytes: &[u8], out: &mut Vec<u8>) -> Result<(), StreamError> {
         while !bytes.is_empty() {
@@ -183,6 +197,11 @@ impl Reader {
             _ => return Err(StreamError("it holds a record of an unknown kind")),
         };
         self.changes |= kind != 0;
+        if let Some(objects) = &mut self.objects
+            && matches!(kind, 1 | 3 | 4 | 6 | 7 | 8)
+        {
+            objects.insert(number(8, 8));
+        }
         if payload > PAYLOAD_LIMIT {
             return Err(StreamError("it holds a record that is too large"));
         }
@@ -235,6 +254,14 @@ mod tests {
         assert!(begin(CLONE).is_clone && !begin(STEP).is_clone);
         assert_eq!(begin(CLONE).from_guid, begin(FULL).to_guid);
         assert!([STEP, EMPTY, FULL, CLONE].into_iter().all(|stream| begin(stream).keeps_to(PLAIN)));
+    }
+
+    #[test]
+    fn the_inodes_of_a_stream_are_kept_where_they_are_wanted() {
+        let (mut reader, mut out) = (Reader::of_short(), Vec::new());
+        reader.take(STEP, &mut out).unwrap();
+        assert_eq!(reader.into_objects(), BTreeSet::from([1, 2, 3, 4, 5]));
+        assert_eq!(read(STEP, 4096).unwrap().0.into_objects(), BTreeSet::new());
     }
 
     #[test]
