@@ -5,7 +5,7 @@
 //! know what arrives. Neighbour: [`crate::receive`].
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -49,8 +49,8 @@ pub(crate) struct Inbox {
 
 #[derive(Default)]
 struct Contents {
-    active: HashMap<VolumeId, Active>,
-    parked: HashMap<VolumeId, Parked>,
+    active: BTreeMap<VolumeId, Active>,
+    parked: BTreeMap<VolumeId, Parked>,
 }
 
 struct Active {
@@ -116,14 +116,14 @@ impl Inbox {
             let active: BTreeSet<VolumeId> = contents.active.keys().copied().collect();
             let late =
                 |volume: &VolumeId, parked: &mut Parked| parked.since.elapsed() > PARK_TIME && !active.contains(volume);
-            contents.parked.extract_if(late).map(|(_, parked)| parked).collect()
+            contents.parked.extract_if(.., late).map(|(_, parked)| parked).collect()
         };
         suspend(stale).await;
     }
 
     /// Suspends all receives, when the node stops.
     pub(crate) async fn suspend_all(&self, grace: Duration) {
-        let all: Vec<Parked> = self.lock().parked.drain().map(|(_, parked)| parked).collect();
+        let all: Vec<Parked> = std::mem::take(&mut self.lock().parked).into_values().collect();
         if tokio::time::timeout(grace, suspend(all)).await.is_err() {
             tracing::warn!("receives could not be suspended in time; they go on from an earlier point");
         }

@@ -135,6 +135,12 @@ impl State {
     {
         let connection = self.connection.clone();
         let path = self.path.clone();
+        // Another thread would make an order of events that no seed repeats.
+        #[cfg(feature = "simulation")]
+        if flocker_storage::simulation::is_running() {
+            let done = work(&mut connection.lock().unwrap_or_else(PoisonError::into_inner));
+            return done.map_err(|source| StateError { operation, path, source: source.into() });
+        }
         let joined =
             tokio::task::spawn_blocking(move || work(&mut connection.lock().unwrap_or_else(PoisonError::into_inner)))
                 .await;

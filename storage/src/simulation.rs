@@ -43,6 +43,11 @@ impl Drop for Installed {
     }
 }
 
+/// Tells whether a simulation runs on this thread.
+pub fn is_running() -> bool {
+    HOOKS.with_borrow(Option::is_some)
+}
+
 /// Returns this thread's hooks.
 pub(crate) fn hooks() -> Option<Rc<dyn Hooks>> {
     HOOKS.with_borrow(Clone::clone)

@@ -31,8 +31,20 @@ struct Sight {
 #[derive(Debug, Default)]
 struct Condemned {
     snapshots: BTreeSet<SnapshotId>,
+    /// With all that is in them until that is done.
     volumes: BTreeSet<VolumeId>,
-    heads: BTreeSet<VolumeId>,
+    /// What heads of such volumes held.
+    heads: BTreeSet<Digest>,
+}
+
+impl Condemned {
+    /// What is condemned may move into another volume before it goes.
+    fn note(&mut self, volumes: &[VolumeSight]) {
+        for volume in volumes.iter().filter(|volume| self.volumes.contains(&volume.record.id)) {
+            self.snapshots.extend(volume.snapshots.iter().map(|sight| sight.held.snapshot.id));
+            self.heads.insert(volume.head);
+        }
+    }
 }
 
 /// Watches over a world.
@@ -43,6 +55,8 @@ pub(crate) struct Watch {
     condemned: Vec<Condemned>,
     /// What each node has acknowledged to hold.
     promised: Vec<BTreeSet<SnapshotId>>,
+    /// Who was asked to be the primary of what.
+    promoted: BTreeSet<(usize, VolumeId)>,
     /// How many snapshots were ever seen.
     pub(crate) snapshots: usize,
 }
@@ -59,6 +73,7 @@ impl Watch {
             seen: each().map(|_| Sight::default()).collect(),
             condemned: each().map(|_| Condemned::default()).collect(),
             promised: each().map(|_| BTreeSet::new()).collect(),
+            promoted: BTreeSet::new(),
             snapshots: 0,
         }
     }
@@ -74,13 +89,19 @@ impl Watch {
     }
 
     /// Somebody asks a node to destroy a volume with all it has, now or until that is done.
-    pub(crate) fn condemn_volume(&mut self, node: usize, volume: VolumeId) {
+    pub(crate) fn condemn_volume(&mut self, world: &World, node: usize, volume: VolumeId) {
         self.condemned[node].volumes.insert(volume);
+        self.condemned[node].note(&world.look(node));
     }
 
-    /// Somebody asks a node to throw the head of a volume away.
-    pub(crate) fn condemn_head(&mut self, node: usize, volume: VolumeId) {
-        self.condemned[node].heads.insert(volume);
+    /// That was answered: what comes into the volume from now on must stay.
+    pub(crate) fn spare_volume(&mut self, node: usize, volume: VolumeId) {
+        self.condemned[node].volumes.remove(&volume);
+    }
+
+    /// Somebody asks a node to become the primary of a volume.
+    pub(crate) fn promoted(&mut self, node: usize, volume: VolumeId) {
+        self.promoted.insert((node, volume));
     }
 
     /// A program has written to a head: what was there is gone by its own will.
@@ -102,7 +123,7 @@ impl Watch {
             self.check_kept(node, name, volumes)?;
             self.note(node, volumes);
         }
-        check_primaries(world, &pools)
+        self.check_primaries(world, &pools)
     }
 
     fn check_bytes(&mut self, world: &World, pools: &[Vec<VolumeSight>]) -> Result<(), String> {
@@ -129,7 +150,7 @@ impl Watch {
         Ok(())
     }
 
-    fn check_kept(&mut self, node: usize, name: &str, volumes: &[VolumeSight]) -> Result<(), String> {
+    fn check_kept(&self, node: usize, name: &str, volumes: &[VolumeSight]) -> Result<(), String> {
         let condemned = &self.condemned[node];
         let held: BTreeSet<SnapshotId> =
             volumes.iter().flat_map(|volume| volume.snapshots.iter().map(|sight| sight.held.snapshot.id)).collect();
@@ -141,14 +162,11 @@ impl Watch {
                     &format!("snapshot {snapshot} of volume {volume} is gone, and nobody asked"),
                 ));
             }
-            if !held.contains(snapshot) {
-                self.promised[node].remove(snapshot);
-            }
         }
-        if let Some(lost) =
-            self.promised[node].iter().find(|id| !held.contains(id) && !condemned.snapshots.contains(id))
-            && !self.was_in_condemned_volume(node, *lost)
-        {
+        let promised = self.promised[node].iter().filter(|id| !held.contains(id) && !condemned.snapshots.contains(id));
+        // One that came into a condemned volume and went with it may never have been seen.
+        let mut lost = promised.filter(|id| condemned.volumes.is_empty() || self.bytes.contains_key(id));
+        if let Some(lost) = lost.next() {
             return Err(complain(name, &format!("snapshot {lost} was acknowledged and is not there")));
         }
         let bytes: BTreeSet<Digest> = volumes
@@ -156,7 +174,7 @@ impl Watch {
             .flat_map(|volume| volume.snapshots.iter().map(|sight| sight.digest).chain([volume.head]))
             .collect();
         for (volume, head) in &self.seen[node].heads {
-            let asked = condemned.volumes.contains(volume) || condemned.heads.contains(volume);
+            let asked = condemned.volumes.contains(volume) || condemned.heads.contains(head);
             if !bytes.contains(head) && !asked {
                 return Err(complain(
                     name,
@@ -167,13 +185,8 @@ impl Watch {
         Ok(())
     }
 
-    fn was_in_condemned_volume(&self, node: usize, snapshot: SnapshotId) -> bool {
-        let volume = self.seen[node].snapshots.get(&snapshot);
-        volume.is_none_or(|volume| self.condemned[node].volumes.contains(volume))
-            && !self.condemned[node].volumes.is_empty()
-    }
-
     fn note(&mut self, node: usize, volumes: &[VolumeSight]) {
+        self.condemned[node].note(volumes);
         let sight = &mut self.seen[node];
         sight.snapshots = volumes
             .iter()
@@ -183,20 +196,23 @@ impl Watch {
         let heads = volumes.iter().filter(|volume| volume.record.role == Role::Primary);
         sight.heads = heads.map(|volume| (volume.record.id, volume.head)).collect();
     }
-}
 
-fn check_primaries(world: &World, pools: &[Vec<VolumeSight>]) -> Result<(), String> {
-    let mut primaries: BTreeMap<(VolumeId, u64), Vec<String>> = BTreeMap::new();
-    for (node, volumes) in pools.iter().enumerate() {
-        for volume in volumes.iter().filter(|volume| volume.record.role == Role::Primary) {
-            let key = (volume.record.id, volume.record.epoch);
-            primaries.entry(key).or_default().push(format!("{} ({})", world.hosts[node].name, volume.record.name));
+    /// A second primary that was not asked for by a user is one too many.
+    fn check_primaries(&self, world: &World, pools: &[Vec<VolumeSight>]) -> Result<(), String> {
+        let mut primaries: BTreeMap<(VolumeId, u64), Vec<String>> = BTreeMap::new();
+        for (node, volumes) in pools.iter().enumerate() {
+            for VolumeSight { record, .. } in volumes {
+                if record.role == Role::Primary && !self.promoted.contains(&(node, record.id)) {
+                    let found = format!("{} ({})", world.hosts[node].name, record.name);
+                    primaries.entry((record.id, record.epoch)).or_default().push(found);
+                }
+            }
         }
-    }
-    match primaries.into_iter().find(|(_, nodes)| nodes.len() > 1) {
-        None => Ok(()),
-        Some(((volume, epoch), nodes)) => {
-            Err(format!("volume {volume} has several primaries of epoch {epoch}: {}", nodes.join(", ")))
+        match primaries.into_iter().find(|(_, nodes)| nodes.len() > 1) {
+            None => Ok(()),
+            Some(((volume, epoch), nodes)) => {
+                Err(format!("volume {volume} has several primaries of epoch {epoch}: {}", nodes.join(", ")))
+            }
         }
     }
 }

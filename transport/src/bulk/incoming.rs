@@ -214,7 +214,7 @@ async fn read_frame(reader: &mut Reader, expected: u64, no_progress: Duration) -
     let wire = (HEADER_LEN + payload.len()) as u64;
     let raw = match header.kind {
         Kind::End => return End::decode(&payload).map(|end| Some(Piece::End(end))).map_err(corrupt),
-        Kind::Zstd => Unpacked::Soon(tokio::task::spawn_blocking(move || decompress(&payload, header.raw as usize))),
+        Kind::Zstd => Unpacked::Soon(super::threads::start(move || decompress(&payload, header.raw as usize))),
         Kind::Stored | Kind::Alive => Unpacked::Already(payload),
     };
     Ok(Some(Piece::Data { wire, raw }))
@@ -261,7 +261,7 @@ impl Consumer<'_> {
         let dropped = || Ended::Corrupt("an earlier run was dropped in the middle of a write".to_owned());
         let mut hasher = self.hasher.take().ok_or_else(dropped)?;
         let hashed = raw.clone();
-        let hashing = tokio::task::spawn_blocking(move || {
+        let hashing = super::threads::start(move || {
             hasher.update(&hashed);
             hasher
         });

@@ -18,6 +18,7 @@ use super::{
     BoxError, BulkError, BulkStream, ChunkSource, Progress, Reader, Sent,
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
+    threads,
 };
 use crate::{
     NO_PROGRESS,
@@ -304,7 +305,7 @@ impl Feeder {
     /// Hashes behind the caller's back, one chunk at a time.
     async fn hash(&mut self, raw: Bytes) -> Result<(), BoxError> {
         let mut hasher = self.hashed().await?;
-        self.hashing.spawn_blocking(move || {
+        threads::start_in(&mut self.hashing, move || {
             hasher.update(&raw);
             hasher
         });
@@ -408,7 +409,7 @@ impl Run<'_> {
                 queue.frames.push_back(Slot::Encoding { raw: raw.len() });
                 drop(queue);
                 let shared = self.shared.clone();
-                feeder.encoding.spawn_blocking(move || {
+                threads::start_in(&mut feeder.encoding, move || {
                     let compressed = shared.compressors.compress(&raw, level);
                     let mut queue = shared.queue();
                     queue.pacer.observe(compressed.is_some());
