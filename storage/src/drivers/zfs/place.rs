@@ -33,7 +33,7 @@ const LOOK_BYTES: usize = 1024 * 1024;
 const SIZE_MIN: u64 = 64 * 1024 * 1024;
 
 /// The longest name of the dataset: what we append must fit into the 255 bytes of a name, with a snapshot behind it.
-const DATASET_LIMIT: usize = 100;
+const DATASET_LIMIT: usize = 120;
 
 /// What the user wrote behind the driver's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(Wanted::parse("/dev/sdx,wipe"), container("/dev/sdx", None, true));
         assert_eq!(Wanted::parse("/a,b/pool.img,size=20G"), container("/a,b/pool.img", Some(20 << 30), false));
         assert_eq!(Wanted::parse("/p,size=512M,wipe"), container("/p", Some(512 << 20), true));
-        for wrong in ["-r", "tank/", "tank//x", "tank@snap", "tank/-x", "tank/x#y", "tank/%recv", "", "tank x"] {
+        for wrong in ["-n", "tank/", "tank//x", "tank@snap", "tank/-x", "tank/x#y", "tank/%recv", "", "tank x"] {
             assert!(Wanted::parse(wrong).is_err(), "{wrong:?}");
         }
         assert!(Wanted::parse(&"t".repeat(DATASET_LIMIT + 1)).is_err());

@@ -84,6 +84,8 @@ pub(super) struct Attachment {
 
 /// An open pool. The lock goes with the value.
 pub(super) struct Pool {
+    // First, so that a pool is exported before its lock is free.
+    _place: Place,
     pub(super) programs: Programs,
     pub(super) abilities: Abilities,
     pub(super) views: Views,
@@ -97,7 +99,6 @@ pub(super) struct Pool {
     pub(super) notes: Mutex<HashMap<String, (u64, usize)>>,
     /// The snapshots that are held, with the number of those who read.
     pub(super) pins: Mutex<HashMap<String, usize>>,
-    _place: Place,
 }
 
 impl Drop for Pool {

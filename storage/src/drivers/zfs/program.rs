@@ -106,6 +106,7 @@ const PATTERNS: &[Pattern] = &[
     pattern("cannot mount", "filesystem already mounted", Class::Mounted),
     pattern("cannot unmount", "not currently mounted", Class::NotMounted),
     pattern("cannot unmount", "Device or resource busy", Class::Busy),
+    pattern("cannot unmount", "umount failed", Class::Busy),
     pattern("cannot unmount", "pool or dataset is busy", Class::Busy),
     pattern("umount:", "target is busy", Class::Busy),
     pattern("umount:", "not mounted", Class::NotMounted),
@@ -263,21 +264,23 @@ mod tests {
     }
 
     #[test]
-    fn a_name_in_a_complaint_does_not_decide_its_class() {
-        let text = "cannot open 'tank/out of space dataset does not exist': invalid dataset name";
-        assert_ne!(classify("some words: dataset is busy"), Class::Busy);
-        let _ = classify(text);
+    fn words_elsewhere_do_not_decide_a_class() {
+        assert_eq!(classify("some words: dataset is busy"), Class::Other);
+        assert_eq!(classify(""), Class::Other);
     }
 
     /// Files of this driver that hold argument lists.
     const SOURCES: &[&str] = &[
+        include_str!("arrival.rs"),
         include_str!("catalog.rs"),
         include_str!("delta.rs"),
+        include_str!("graft.rs"),
         include_str!("head.rs"),
         include_str!("journal.rs"),
         include_str!("place.rs"),
         include_str!("pool.rs"),
         include_str!("receive.rs"),
+        include_str!("resume.rs"),
         include_str!("snapshot.rs"),
         include_str!("split.rs"),
         include_str!("trash.rs"),
@@ -290,7 +293,7 @@ mod tests {
             for line in source.lines() {
                 let has = |word: &str| line.contains(&format!("\"{word}\""));
                 assert!(!has("-F") && !has("-R"), "{line}");
-                assert!(!(has("-r") && !has("get")), "{line}");
+                assert!(!has("-r") || has("get") || has("list"), "{line}");
             }
         }
     }

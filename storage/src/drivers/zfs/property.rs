@@ -166,7 +166,10 @@ mod tests {
         assert_eq!(encoded.header.0, "org.flocker:record");
         assert_eq!(
             encoded.header.1,
-            concat!("1 sample 3 0 CHECKSUM ", r#"{"schl\u00fcssel\t":"v\u00e4rde \ud83e\udd80 \u007f"}"#)
+            concat!(
+                "1 sample 3 0 922ddf09af008e1a299f12e94fe858cba95b7e3794f79552c50a894436578eb3 ",
+                r#"{"schl\u00fcssel\t":"v\u00e4rde \ud83e\udd80 \u007f"}"#
+            )
         );
         assert_eq!(read(&encoded).unwrap(), small());
     }
