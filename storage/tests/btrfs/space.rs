@@ -7,11 +7,11 @@ use std::{
 };
 
 use flocker_storage::{
-    delta::DeltaFormat,
+    delta::{DeltaFormat, ReceiveRequest},
     driver::{Driver, Target},
     drivers,
     error::ErrorKind,
-    model::{HeldSnapshot, VolumeId, VolumeRecord},
+    model::{HeldSnapshot, Role, VolumeId, VolumeRecord},
 };
 
 use crate::{
@@ -218,4 +218,27 @@ async fn the_pool_says_what_the_file_system_says_of_itself() {
     assert_eq!(usage.total_bytes, number("Device size:"));
     let difference = usage.available_bytes.abs_diff(number("Free (estimated):"));
     assert!(difference < 8 << 20, "{usage:?}\n{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_arriving_goes_with_its_volume() {
+    let Some(mount) = mount() else { return };
+    let (a, b, volume, one, _) = pair(&mount).await;
+    fs::write(head(&*a, volume.id).await.join("large"), noise(80 << 20)).unwrap();
+    let three = try_take(&*a, volume.id).await.unwrap();
+    let format = DeltaFormat::tree();
+    let chunks = read(&*a, Some(&one), &three, &format).await.unwrap();
+    let replica = VolumeRecord { role: Role::Replica, ..volume.clone() };
+    let (snapshot, base) = (three.snapshot.clone(), Some(one.key()));
+    let request = ReceiveRequest { volume: replica, snapshot, base, format, resume: None };
+    let mut receiving = b.receive(request).await.unwrap();
+    for chunk in &chunks[..chunks.len() - 1] {
+        receiving.write(chunk.clone()).await.unwrap();
+    }
+    assert!(receiving.suspend().await.unwrap().is_some());
+    let partial = b.partial(volume.id).await.unwrap().unwrap();
+    assert_eq!((partial.snapshot, partial.base), (three.snapshot, Some(one.key())));
+    b.destroy(volume.id).await.unwrap();
+    assert_eq!(b.partial(volume.id).await.unwrap(), None);
+    assert_eq!(fs::read_dir(mount.path().join("b/staging")).unwrap().count(), 0);
 }

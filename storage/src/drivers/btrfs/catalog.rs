@@ -242,6 +242,12 @@ impl Pool {
         let trashed = self.trash(OPERATION, &self.volume_dir(volume))?;
         drop(publishing);
         fault::point("btrfs.destroy.trashed");
+        // What was on its way into the volume has nowhere to go.
+        if !self.receiving().contains(&volume)
+            && let Err(error) = self.clear_partials(volume)
+        {
+            tracing::warn!(%volume, %error, "a partial receive of a destroyed volume stays");
+        }
         self.delete_trashed(trashed);
         Ok(())
     }

@@ -74,7 +74,7 @@ impl Pool {
         self.clear_partials(volume)
     }
 
-    fn clear_partials(&self, volume: VolumeId) -> Result<()> {
+    pub(super) fn clear_partials(&self, volume: VolumeId) -> Result<()> {
         const OPERATION: &str = "discard a partial receive of";
         let places = partial::places(&self.staging_dir(), volume);
         for path in places.map_err(|error| Error::io(OPERATION, volume, error))? {
