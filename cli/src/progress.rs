@@ -8,7 +8,7 @@ use std::{
 };
 
 use flocker_node::api::{
-    client::{Client, Verdict},
+    client::{Client, Kept, Place, Verdict},
     types::{Direction, TransferProgress, TransferResource, TransferState},
 };
 use indicatif::{ProgressBar, ProgressStyle};
@@ -190,8 +190,24 @@ fn remaining_seconds(progress: &TransferProgress) -> Option<u64> {
     left.checked_div(progress.rate_bytes_per_second)
 }
 
-/// Returns the line that a finished transfer ends with.
+/// Returns what a finished transfer ends with: what it cost, and what a policy has done.
 pub(crate) fn end_line(transfer: &TransferResource) -> String {
+    let Some(resolution) = &transfer.resolution else { return cost_line(transfer) };
+    let mut lines = Vec::new();
+    if !transfer.dry_run {
+        lines.push(cost_line(transfer));
+    }
+    let (is, keeps) = if transfer.dry_run { ("would be", "would keep") } else { ("is", "keeps") };
+    let Place { host, volume } = &resolution.landed;
+    lines.push(format!("the histories had gone apart; what was brought {is} volume {volume} on {host}"));
+    if let Some(Kept { place, tip }) = &resolution.kept {
+        let tip = tip.as_ref().map(|tip| format!(", up to {}", tip.name)).unwrap_or_default();
+        lines.push(format!("{} {keeps} its own as volume {}{tip}", place.host, place.volume));
+    }
+    lines.join("\n")
+}
+
+fn cost_line(transfer: &TransferResource) -> String {
     let progress = &transfer.progress;
     let what = route(transfer);
     match transfer.outcome.as_ref().map(|outcome| &outcome.verdict) {

@@ -134,8 +134,21 @@ pub(crate) const WIPE_IS_NOT_KEPT: &str = "wipe is not kept in the configuration
 pub enum Verb {
     /// Look at histories and pull.
     Read,
-    /// Push fast-forwards and new volumes.
+    /// Push fast-forwards and new volumes, forks too.
     Push,
+    /// Let another history take a volume's place; what was there is kept as a fork. Never granted by default.
+    Force,
+}
+
+impl Verb {
+    /// Returns the word of the configuration file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Push => "push",
+            Self::Force => "force",
+        }
+    }
 }
 
 /// Grants verbs on volumes to a peer. Where a configuration has any, what none of them grants is refused.
@@ -200,7 +213,7 @@ impl Config {
 
     /// Tells whether a peer may do something with a volume.
     pub fn permits(&self, peer: &str, volume: &str, verb: Verb) -> bool {
-        self.rights.is_empty()
+        (self.rights.is_empty() && verb != Verb::Force)
             || self.rights.iter().any(|right| {
                 matches(&right.peer, peer) && matches(&right.volumes, volume) && right.verbs.contains(&verb)
             })
@@ -237,6 +250,7 @@ mod tests {
     fn without_rights_members_may_read_and_push_and_with_rights_only_what_they_grant() {
         let open = parse("name = \"a\"").unwrap();
         assert!(open.permits("b", "db", Verb::Push));
+        assert!(!open.permits("b", "db", Verb::Force));
         let closed = parse("name = \"a\"\n[[rights]]\npeer = \"b\"\nvolumes = \"web-*\"\nverbs = [\"read\"]").unwrap();
         assert!(closed.permits("b", "web-1", Verb::Read));
         assert!(!closed.permits("b", "web-1", Verb::Push));

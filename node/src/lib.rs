@@ -15,6 +15,7 @@ mod problem;
 mod pull;
 mod push;
 mod receive;
+mod resolve;
 pub mod setup;
 #[cfg(feature = "simulation")]
 pub mod simulation;

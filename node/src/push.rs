@@ -21,11 +21,12 @@ use flocker_replication::{
         Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart, StepStream,
         strip,
     },
-    plan::{self, Direction, Outcome, Plan, Step},
+    plan::{self, Direction, Outcome, Plan, Step, Verdict},
+    resolution::{self, Resolution, Way},
 };
 use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
-    model::{HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
+    model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
 use flocker_transport::{BoxError, BulkError, ChunkSource, CloseCode, NO_PROGRESS, Outgoing, OutgoingLimits};
 use tokio::time::Instant;
@@ -37,6 +38,8 @@ use crate::{
     line::Line,
     peers::PUSH_ALPN,
     problem::{self, problem},
+    pull,
+    resolve::Concluded,
     transfers::{Failure, Job},
 };
 
@@ -66,7 +69,7 @@ pub(crate) struct Sending {
 }
 
 /// One attempt of a push started here.
-pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome, Failure> {
+pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Concluded, Failure> {
     let Some(snapshot) = &job.request.snapshot else {
         return Err(problem::internal("a push names no snapshot").into());
     };
@@ -86,9 +89,59 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Outcome,
         mode: if job.request.dry_run { Mode::DryRun } else { Mode::Run },
         compare: job.request.compare,
     };
-    let outcome = send(node, &mut line, &sending, Some(job)).await?;
+    let concluded = send(node, &mut line, &sending, Some(job)).await?;
     connection.close(CloseCode::Done, "");
-    Ok(outcome)
+    if resolution::way(sending.policy, (&concluded.outcome.verdict).into()) == Way::Reverse && sending.mode == Mode::Run
+    {
+        return reverse(node, job, concluded.outcome).await;
+    }
+    Ok(concluded)
+}
+
+/// The receiver wins: its history is brought here, and this node's own becomes a fork.
+async fn reverse(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> Result<Concluded, Failure> {
+    let wanted = pull::Wanted {
+        volume: found.name.clone(),
+        snapshot: None,
+        name: found.volume.clone(),
+        policy: DivergencePolicy::Theirs,
+        mode: Mode::Run,
+    };
+    let concluded = pull::fetch(node, job, wanted).await?;
+    Ok(concluded.reversed(found))
+}
+
+/// The other half of a pull by the policy `ours`: this node's history, with what its head holds, takes the place of the
+/// peer's.
+pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> Result<Concluded, Failure> {
+    let mut volume = node.catalog.find(&found.name)?;
+    {
+        let _guard = node.catalog.work_on(volume.record.id).await;
+        if node.driver.head_state(volume.record.id).await.map_err(problem_of)? == HeadState::Dirty {
+            node.keep_head(&mut volume).await?;
+        }
+    }
+    let lineage = node.driver.lineage(volume.record.id).await.map_err(problem_of)?;
+    let Some(tip) = lineage.tip() else {
+        return Err(problem(404, "snapshot_not_found", format!("{} has no snapshot here", found.name)).into());
+    };
+    let row = node.find_peer(&job.request.peer).await?;
+    let connection = node.connect(&row, PUSH_ALPN).await?;
+    let _watch = node.close_on_cancel(&connection, &job.cancel);
+    let mut line = Line::open(row.name, &connection).await?;
+    let sending = Sending {
+        transfer: job.id,
+        direction: Direction::Push,
+        want: tip.snapshot.id,
+        volume,
+        name: found.volume.clone(),
+        policy: DivergencePolicy::Theirs,
+        mode: Mode::Run,
+        compare: job.request.compare,
+    };
+    let concluded = send(node, &mut line, &sending, Some(job)).await?;
+    connection.close(CloseCode::Done, "");
+    Ok(concluded.reversed(found))
 }
 
 /// The sender's story on a stream where the receiver waits for an offer.
@@ -97,7 +150,7 @@ pub(crate) async fn send(
     line: &mut Line<'_>,
     sending: &Sending,
     job: Option<&Arc<Job>>,
-) -> Result<Outcome, Failure> {
+) -> Result<Concluded, Failure> {
     let lineage = node.driver.lineage(sending.volume.record.id).await.map_err(problem_of)?;
     if lineage.snapshots.len() > LINEAGE_LIMIT {
         return Err(problem(
@@ -126,19 +179,29 @@ pub(crate) async fn send(
         sender: node.host(),
     };
     line.send(&Message::Offer(Box::new(offer))).await?;
-    let answer = match line.recv(NO_PROGRESS).await? {
+    let mut answer = match line.recv(NO_PROGRESS).await? {
         Message::Answer(answer) => *answer,
         other => return Err(line.broke(format!("{} instead of an answer", other.kind())).into()),
     };
     if let Some(job) = job {
         job.met_peer();
     }
-    let (outcome, steps) = compare(node, sending, &lineage, &formats, &answer)?;
-    if steps.is_empty() || sending.mode == Mode::DryRun {
+    let (mut outcome, mut steps) = compare(node, sending, &sending.name, &lineage, &formats, &answer)?;
+    let resolving = is_resolved_there(sending, &outcome);
+    if resolving {
+        answer = match ask_to_resolve(line, &outcome).await? {
+            Asked::LandsIn(answer) => *answer,
+            Asked::Done(resolution) => return Ok(Concluded::resolved(outcome, *resolution)),
+        };
+        let beside = resolution::incoming_name(&outcome.volume, &outcome.want);
+        (outcome, steps) = compare(node, sending, &beside, &lineage, &formats, &answer)?;
+    }
+    let arrived_before = resolving && outcome.verdict == Verdict::UpToDate;
+    if (steps.is_empty() && !arrived_before) || sending.mode == Mode::DryRun {
         line.send(&Message::Conclude(Box::new(outcome.clone()))).await?;
     } else {
         if let Some(job) = job {
-            job.planned(&outcome, steps[0].base.is_none());
+            job.planned(&outcome, steps.first().is_some_and(|step| step.base.is_none()));
         }
         for (number, step) in (0_u32..).zip(&steps) {
             send_step(node, line, sending, job, number, step, &lineage, &answer).await?;
@@ -150,9 +213,33 @@ pub(crate) async fn send(
         }
         line.send(&Message::Finish).await?;
     }
-    match line.recv(NO_PROGRESS).await? {
-        Message::Finished => Ok(outcome),
+    match line.recv(if resolving { COMMIT_TIMEOUT } else { NO_PROGRESS }).await? {
+        Message::Finished => Ok(outcome.into()),
+        Message::Resolved(resolution) if resolving => Ok(Concluded::resolved(outcome, *resolution)),
         other => Err(line.broke(format!("{} instead of the end", other.kind())).into()),
+    }
+}
+
+/// Tells whether the policy has the receiver resolve what the comparison gave.
+fn is_resolved_there(sending: &Sending, outcome: &Outcome) -> bool {
+    let way = resolution::way(sending.policy, (&outcome.verdict).into());
+    matches!(way, Way::Beside | Way::Succeed | Way::Rename) && sending.mode == Mode::Run
+}
+
+/// What a receiver says to a request to resolve.
+enum Asked {
+    /// The history shall land here first.
+    LandsIn(Box<Answer>),
+    /// It is done.
+    Done(Box<Resolution>),
+}
+
+async fn ask_to_resolve(line: &mut Line<'_>, found: &Outcome) -> Result<Asked, Failure> {
+    line.send(&Message::Resolve(Box::new(found.clone()))).await?;
+    match line.recv(COMMIT_TIMEOUT).await? {
+        Message::Answer(answer) => Ok(Asked::LandsIn(answer)),
+        Message::Resolved(resolution) => Ok(Asked::Done(resolution)),
+        other => Err(line.broke(format!("{} instead of a place to land in", other.kind())).into()),
     }
 }
 
@@ -164,6 +251,7 @@ fn problem_of(error: flocker_storage::error::Error) -> crate::api::types::ApiPro
 fn compare(
     node: &Node,
     sending: &Sending,
+    name: &VolumeName,
     lineage: &Lineage,
     formats: &[DeltaFormat],
     answer: &Answer,
@@ -173,7 +261,7 @@ fn compare(
     let parties = plan::Parties {
         direction: sending.direction,
         volume: sending.volume.record.name.clone(),
-        name: sending.name.clone(),
+        name: name.clone(),
         sender: node.host(),
         receiver: answer.receiver.clone(),
     };

@@ -41,6 +41,7 @@ use crate::{
     peers::linger,
     problem::{self, problem},
     push::{self, COMMIT_TIMEOUT, Sending},
+    resolve::{Concluded, Resolving},
     transfers::{Failure, Job},
 };
 
@@ -50,6 +51,8 @@ pub(crate) struct Receipt {
     pub(crate) offer: Offer,
     /// The pull that asked for it; a push by the peer has none here.
     pub(crate) job: Option<Arc<Job>>,
+    /// Who pushes; a pull has nobody.
+    pub(crate) pusher: Option<PeerIdentity>,
 }
 
 /// Serves pushes, pulls and questions of members.
@@ -93,7 +96,7 @@ impl Replication {
             Message::Offer(offer) => {
                 check_protocol(offer.protocol)?;
                 node.check_right(&peer, &offer.name, Verb::Push)?;
-                receive(node, line, Receipt { offer: *offer, job: None }).await.map(|_| ())
+                receive(node, line, Receipt { offer: *offer, job: None, pusher: Some(peer) }).await.map(|_| ())
             }
             Message::PullRequest(request) => {
                 check_protocol(request.protocol)?;
@@ -163,14 +166,15 @@ async fn describe(node: &Node, name: &VolumeName) -> Result<Description, Failure
 }
 
 /// The receiver's story on a stream where an offer has come.
-pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, receipt: Receipt) -> Result<Outcome, Failure> {
-    let (answer, taken) = answer(node, &receipt).await?;
-    let lands_in = answer.lands_in;
-    let mut inbound = Inbound::new(&receipt.offer, &answer);
-    line.send(&Message::Answer(Box::new(answer))).await?;
+pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: Receipt) -> Result<Concluded, Failure> {
+    let (mut bound, mut taken) = answer(node, &receipt).await?;
+    let mut inbound = Inbound::new(&receipt.offer, &bound);
+    line.send(&Message::Answer(Box::new(bound.clone()))).await?;
     let mut claim: Option<Claim> = None;
+    let mut resolving: Option<Resolving> = None;
     let mut last = None;
     loop {
+        let lands_in = bound.lands_in;
         match line.recv_behind_remarks(receipt.job.as_ref(), COMMIT_TIMEOUT).await? {
             Message::BeginStep(begin) => {
                 if taken || receipt.offer.mode == Mode::DryRun {
@@ -187,18 +191,55 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, receipt: Rece
                 let held = receive_step(node, line, &receipt, claim, &mut inbound, &begin).await?;
                 last = Some(held);
             }
+            Message::Resolve(_) if claim.is_none() && resolving.is_none() => {
+                let begun = Resolving::begin(node, &receipt.offer, &bound, receipt.pusher.as_ref())?;
+                if begun.at_once {
+                    return resolved(node, line, &receipt, begun, lands_in, None).await;
+                }
+                receipt.offer.name = begun.beside.clone();
+                let (mut beside, name_taken) = answer(node, &receipt).await?;
+                begun.narrow(&bound.lineage, &mut beside);
+                taken = name_taken;
+                inbound = Inbound::new(&receipt.offer, &beside);
+                line.send(&Message::Answer(Box::new(beside.clone()))).await?;
+                bound = beside;
+                resolving = Some(begun);
+            }
             Message::Conclude(outcome) => {
                 line.send(&Message::Finished).await?;
-                return Ok(*outcome);
+                return Ok((*outcome).into());
             }
             Message::Finish => {
+                if !inbound.is_complete() {
+                    return Err(line.broke("it ended before its last step").into());
+                }
+                let arrived = last.map(|held| inbound.outcome(&held));
+                if let Some(resolving) = resolving {
+                    return resolved(node, line, &receipt, resolving, lands_in, arrived).await;
+                }
                 line.send(&Message::Finished).await?;
-                let Some(held) = last else { return Err(line.broke("it ended without a step").into()) };
-                return Ok(inbound.outcome(&held));
+                return match arrived {
+                    Some(outcome) => Ok(outcome.into()),
+                    None => Err(line.broke("it ended without a step").into()),
+                };
             }
             other => return Err(line.broke(format!("{} where a step begins", other.kind())).into()),
         }
     }
+}
+
+/// Ends a resolution when all of the history is here.
+async fn resolved(
+    node: &Arc<Node>,
+    line: &mut Line<'_>,
+    receipt: &Receipt,
+    resolving: Resolving,
+    landed: VolumeId,
+    arrived: Option<Outcome>,
+) -> Result<Concluded, Failure> {
+    let resolution = resolving.finish(node, &receipt.offer, landed).await?;
+    line.send(&Message::Resolved(Box::new(resolution.clone()))).await?;
+    Ok(Concluded::resolved(arrived.unwrap_or(resolving.found), resolution))
 }
 
 /// Says what this node holds of what is offered; and whether the name belongs to an unrelated volume.
@@ -483,14 +524,11 @@ impl ChunkSink for Sink {
 }
 
 impl Node {
-    fn check_right(&self, peer: &PeerIdentity, volume: &VolumeName, verb: Verb) -> Result<(), Failure> {
+    pub(crate) fn check_right(&self, peer: &PeerIdentity, volume: &VolumeName, verb: Verb) -> Result<(), Failure> {
         if self.config.permits(&peer.name, volume.as_str(), verb) {
             return Ok(());
         }
-        let verb = match verb {
-            Verb::Read => "read",
-            Verb::Push => "push",
-        };
+        let verb = verb.word();
         let detail = format!("{} has no right to {verb} {volume} here", peer.name);
         Err(problem(403, "not_permitted", detail).with("verb", verb).with("volume", volume).into())
     }

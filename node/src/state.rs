@@ -15,7 +15,10 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
-use crate::api::types::{MountKind, StartTransfer, TransferResource, TransferState};
+use crate::{
+    api::types::{MountKind, StartTransfer, TransferResource, TransferState},
+    resolve::{Adoption, Renaming},
+};
 
 /// How many finished transfers are remembered.
 const FINISHED_TRANSFERS_KEPT: u32 = 200;
@@ -88,6 +91,10 @@ pub(crate) enum Operation {
         /// The volume to destroy.
         fork: VolumeId,
     },
+    /// A volume goes on with a history that has landed beside it.
+    Adopt(Box<Adoption>),
+    /// One volume gives its name to another.
+    Rename(Renaming),
 }
 
 /// The state database. Cheap to clone; calls are short and run on the blocking pool.
@@ -317,7 +324,7 @@ impl State {
     pub(crate) async fn begin(&self, id: String, operation: &Operation) -> Result<()> {
         let text = encode(operation);
         self.call("begin an operation", move |db| {
-            db.execute("INSERT INTO operations VALUES (?1, ?2)", [id, text]).map(|_| ())
+            db.execute("INSERT OR REPLACE INTO operations VALUES (?1, ?2)", [id, text]).map(|_| ())
         })
         .await
     }

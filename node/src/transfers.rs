@@ -27,6 +27,7 @@ use std::{
 use flocker_replication::{
     message::DivergencePolicy,
     plan::{Outcome, Verdict},
+    resolution::{self, Way},
 };
 use flocker_storage::{clock, driver::Finding, model::VolumeName};
 use jiff::Timestamp;
@@ -38,6 +39,7 @@ use crate::{
     api::types::{ApiProblem, Direction, StartTransfer, TransferProgress, TransferResource, TransferState},
     daemon::Node,
     problem::{FORMAT_UNFIT, Result, chain, problem},
+    resolve::Concluded,
     state::State,
 };
 
@@ -314,10 +316,10 @@ impl Node {
         volume: VolumeName,
         request: StartTransfer,
     ) -> Result<TransferResource> {
-        if request.on_divergence != DivergencePolicy::Refuse {
-            let detail = format!("this version cannot resolve a divergence by the policy {}", request.on_divergence);
+        if request.on_divergence == DivergencePolicy::Ours && request.as_name.is_some() {
+            let detail = "--on-divergence ours does not go together with --as: it works between volumes of one name";
             return Err(problem(422, "unsupported", detail)
-                .hint("leave --on-divergence away: a divergence is then refused, and the refusal shows the ways on"));
+                .hint("leave --as away; or --on-divergence fork keeps both histories"));
         }
         self.find_peer(&request.peer).await?;
         if direction == Direction::Push {
@@ -341,6 +343,7 @@ impl Node {
             dry_run: request.dry_run,
             state: TransferState::Running,
             outcome: None,
+            resolution: None,
             refusal: None,
             progress: TransferProgress::default(),
             problem: None,
@@ -357,7 +360,7 @@ impl Node {
     }
 
     fn join_transfer(&self, job: &Job, request: &StartTransfer) -> Result<TransferResource> {
-        if job.request.snapshot == request.snapshot {
+        if job.request.snapshot == request.snapshot && job.request.on_divergence == request.on_divergence {
             job.poke.notify_one();
             return Ok(job.resource());
         }
@@ -389,7 +392,7 @@ impl Node {
                 Direction::Pull => crate::pull::attempt(&self, &job).await,
             };
             let failure = match attempt {
-                Ok(outcome) => return self.conclude(&job, outcome).await,
+                Ok(concluded) => return self.conclude(&job, concluded).await,
                 Err(failure) => failure,
             };
             if job.cancel.is_cancelled() {
@@ -425,14 +428,22 @@ impl Node {
         }
     }
 
-    async fn conclude(&self, job: &Job, outcome: Outcome) {
-        let refused = !matches!(outcome.verdict, Verdict::UpToDate | Verdict::FastForward { .. });
+    async fn conclude(&self, job: &Job, concluded: Concluded) {
+        let Concluded { outcome, resolution } = concluded;
+        let policy = job.request.on_divergence;
+        let refused = match resolution::way(policy, (&outcome.verdict).into()) {
+            Way::Straight | Way::Contained => false,
+            Way::Refuse => true,
+            Way::Beside | Way::Succeed | Way::Rename | Way::Reverse => !job.request.dry_run,
+        };
+        let resolution = resolution.or_else(|| resolution::planned(policy, &outcome)).filter(|_| !refused);
         let refusal = refused.then(|| flocker_replication::plan::Refusal(outcome.clone()).render());
         {
             let mut status = job.status();
             status.resource.snapshot = Some(outcome.want.name.clone());
             status.resource.progress.volume_bytes = outcome.want.logical_bytes;
             status.resource.outcome = Some(outcome);
+            status.resource.resolution = resolution;
             status.resource.refusal = refusal;
         }
         let state = if refused { TransferState::Refused } else { TransferState::Done };

@@ -300,16 +300,27 @@ impl Node {
     /// Ends what a crash interrupted; called once, before anything else may touch the pool.
     pub(crate) async fn finish_operations(&self) -> Result<()> {
         for (id, operation) in self.state.operations().await? {
-            let Operation::DiscardFork { fork } = operation;
-            match self.driver.destroy(fork).await {
-                Err(error) if !matches!(error.kind, ErrorKind::NotFound) => return Err(error.into()),
-                _ => self.state.end(id).await?,
+            let done = match &operation {
+                Operation::DiscardFork { fork } => match self.driver.destroy(*fork).await {
+                    Err(error) if !matches!(error.kind, ErrorKind::NotFound) => return Err(error.into()),
+                    _ => Ok(()),
+                },
+                Operation::Adopt(adoption) => self.carry_out(adoption).await,
+                Operation::Rename(renaming) => self.carry_out_renaming(renaming).await,
+            };
+            match done {
+                Ok(()) => self.state.end(id).await?,
+                // Both histories are there, in two volumes: no reason to keep the node from starting.
+                Err(error) => tracing::error!(
+                    operation = id,
+                    "cannot end what a crash interrupted, the next start tries again: {error}"
+                ),
             }
         }
         Ok(())
     }
 
-    fn check_unpinned(&self, volume: &Volume, what: &str) -> Result<()> {
+    pub(crate) fn check_unpinned(&self, volume: &Volume, what: &str) -> Result<()> {
         if !self.pins.holds(volume.record.id) {
             return Ok(());
         }

@@ -30,8 +30,8 @@ use flocker_storage::{
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{plan::Outcome, resolution::Resolution};
 pub use crate::problem::{Problem, ProblemCode};
+use crate::{plan::Outcome, resolution::Resolution};
 
 /// The protocol's revision within ALPN `flocker/1`. A peer that speaks another one is refused with
 /// [`ProblemCode::VersionMismatch`].

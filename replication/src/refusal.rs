@@ -7,7 +7,11 @@ use std::fmt::Write as _;
 
 use flocker_storage::model::{HeadState, NAME_LIMIT, NodeName, SnapshotId, VolumeName};
 
-use crate::plan::{Direction, Outcome, Point, Points, Refusal, UnrelatedReason, Verdict};
+use crate::{
+    message::DivergencePolicy,
+    plan::{Direction, Outcome, Point, Points, Refusal, UnrelatedReason, Verdict},
+    resolution::{self, Way, incoming_name},
+};
 
 /// The most snapshots drawn for one side.
 const DRAWN_LIMIT: usize = 5;
@@ -43,7 +47,8 @@ pub fn fork_name(volume: &VolumeName, host: &NodeName, tip: SnapshotId) -> Volum
 
 struct Story<'a>(&'a Outcome);
 
-type Way = (String, Vec<String>);
+/// A purpose, and the commands that serve it.
+type Step = (String, Vec<String>);
 
 impl Story<'_> {
     fn here(&self) -> &NodeName {
@@ -131,107 +136,103 @@ impl Story<'_> {
         text
     }
 
-    fn ways_on(&self) -> Vec<Way> {
-        let Outcome { volume, name, sender, receiver, want, verdict, .. } = self.0;
-        let (here, peer) = (self.here(), self.peer());
-        match verdict {
-            Verdict::UpToDate | Verdict::FastForward { .. } => Vec::new(),
-            Verdict::Behind { newer } => {
-                let mut ways = Vec::new();
-                if self.0.direction == Direction::Push {
-                    let renamed = if name == volume { String::new() } else { format!(" --as {volume}") };
-                    let command = format!("flocker pull {name} {peer}{renamed}");
-                    ways.push(way(format!("take the newer snapshots to {here}:"), [command]));
-                } else if let Some(tip) = newer.tip() {
-                    let renamed = if name == volume { String::new() } else { format!(" --as {volume}") };
-                    let command = format!("flocker push {name}@{} {peer}{renamed}", tip.name);
-                    ways.push(way(format!("send the newer snapshots to {peer}:"), [command]));
+    fn ways_on(&self) -> Vec<Step> {
+        let Outcome { volume, name, receiver, want, verdict, .. } = self.0;
+        let mut steps = Vec::new();
+        if let Verdict::Behind { newer } = verdict {
+            let renamed = if name == volume { String::new() } else { format!(" --as {volume}") };
+            match (self.0.direction, newer.tip()) {
+                (Direction::Push, _) => {
+                    let command = format!("flocker pull {name} {}{renamed}", self.peer());
+                    steps.push(step(format!("take the newer snapshots to {}:", self.here()), [command]));
                 }
-                if let Some(tip) = newer.tip() {
-                    ways.push(way(
-                        format!(
-                            "go back to {} on {}, keeping the newer snapshots as a volume:",
-                            want.name, receiver.name
-                        ),
-                        [format!(
-                            "flocker rollback {name}@{} --fork-newer {}{}",
-                            want.name,
-                            fork_name(name, &receiver.name, tip.id),
-                            self.on(&receiver.name)
-                        )],
-                    ));
+                (Direction::Pull, Some(tip)) => {
+                    let command = format!("flocker push {name}@{} {}{renamed}", tip.name, self.peer());
+                    steps.push(step(format!("send the newer snapshots to {}:", self.peer()), [command]));
                 }
-                ways
+                (Direction::Pull, None) => {}
             }
-            Verdict::Diverged { only_receiver, receiver_name, head, .. } => {
-                let mut ways = vec![self.beside()];
-                let tip = only_receiver.tip().map_or(want.id, |tip| tip.id);
-                let on = self.on(&receiver.name);
-                let mut commands = Vec::new();
-                if *head == HeadState::Dirty {
-                    commands.push(format!("flocker snapshot {name}@before-{}{on}", tip.short()));
-                }
-                commands.push(format!(
-                    "flocker rollback {name}@{receiver_name} --fork-newer {}{on}",
-                    fork_name(name, &receiver.name, tip)
+            if let Some(tip) = newer.tip() {
+                let fork = fork_name(name, &tip.host, tip.id);
+                let command = format!("flocker rollback {name}@{} --fork-newer {fork}", want.name);
+                steps.push(step(
+                    format!("go back to {} on {}, keeping the newer snapshots as a volume:", want.name, receiver.name),
+                    [command + &self.on(&receiver.name)],
                 ));
-                commands.push(self.again());
-                ways.push(way(
-                    format!(
-                        "give {name} on {} the history of {}, keeping its own as a volume:",
-                        receiver.name, sender.name
-                    ),
-                    commands,
-                ));
-                ways
             }
-            Verdict::Unrelated { .. } => vec![self.beside()],
-            Verdict::Dirty { tip } => {
-                let on = self.on(&receiver.name);
-                let kept = format!("before-{}", want.id.short());
-                let mut ways = vec![self.beside()];
-                if let Some(tip) = tip {
-                    ways.push(way(
-                        format!("keep the changes on {} as a volume, then go on:", receiver.name),
-                        [
-                            format!("flocker snapshot {name}@{kept}{on}"),
-                            format!(
-                                "flocker rollback {name}@{} --fork-newer {}{on}",
-                                tip.name,
-                                fork_name(name, &receiver.name, want.id)
-                            ),
-                            self.again(),
-                        ],
-                    ));
+            return steps;
+        }
+        steps.extend(self.by_policy(DivergencePolicy::Fork));
+        if let Verdict::Diverged { .. } = verdict {
+            let fork = incoming_name(volume, want);
+            let merge = format!("flocker merge {name} {fork}{}", self.on(&receiver.name));
+            steps.push(step(
+                "join both into one snapshot:".to_owned(),
+                [self.with_policy(DivergencePolicy::Fork), merge],
+            ));
+        }
+        // Without any snapshot there is nothing to go back to.
+        if !matches!(verdict, Verdict::Dirty { tip: None }) {
+            steps.extend(self.by_policy(DivergencePolicy::Theirs));
+            steps.extend(self.by_policy(DivergencePolicy::Ours));
+        }
+        steps
+    }
+
+    /// The way that a policy is, with what becomes of the side that gives way.
+    fn by_policy(&self, policy: DivergencePolicy) -> Option<Step> {
+        let Outcome { volume, name, sender, receiver, want, verdict, direction } = self.0;
+        let (sender, receiver) = (&sender.name, &receiver.name);
+        let purpose = match resolution::way(policy, verdict.into()) {
+            Way::Straight | Way::Refuse | Way::Contained => return None,
+            Way::Beside => {
+                let fork = incoming_name(volume, want);
+                format!("keep both: let the history of {sender} land on {receiver} as volume {fork}:")
+            }
+            Way::Succeed | Way::Rename => {
+                let right = match direction {
+                    Direction::Push => format!(" (takes the right `force` on {receiver})"),
+                    Direction::Pull => String::new(),
+                };
+                let kept = match self.losing_tip() {
+                    Some(tip) => format!("volume {}", fork_name(name, &tip.host, tip.id)),
+                    None => "a volume".to_owned(),
+                };
+                format!("let {sender} win; {receiver} keeps its own as {kept}{right}:")
+            }
+            Way::Reverse => {
+                // It works between volumes of one name only.
+                if volume != name {
+                    return None;
                 }
-                ways
+                let right = match direction {
+                    Direction::Push => String::new(),
+                    Direction::Pull => format!(" (takes the right `force` on {sender})"),
+                };
+                format!("let {receiver} win; {sender} keeps its own as a volume{right}:")
             }
+        };
+        Some(step(purpose, [self.with_policy(policy)]))
+    }
+
+    /// The newest snapshot that gives way under `theirs`, where it is there already: a head with changes gets one first.
+    fn losing_tip(&self) -> Option<&Point> {
+        match &self.0.verdict {
+            Verdict::Diverged { only_receiver, head: HeadState::Clean, .. } => only_receiver.tip(),
+            Verdict::Unrelated { receiver_tip, .. } => receiver_tip.as_ref(),
+            _ => None,
         }
     }
 
-    /// The way that always works: the incoming history lands beside what is there.
-    fn beside(&self) -> Way {
-        let Outcome { volume, sender, receiver, want, .. } = self.0;
-        let fork = fork_name(volume, &sender.name, want.id);
-        way(
-            format!("keep both: let the history of {} land on {} as another volume:", sender.name, receiver.name),
-            [format!("{} --as {fork}", self.verb())],
-        )
-    }
-
-    /// The same command once more, with the name on the receiver where that differs.
-    fn again(&self) -> String {
-        let Outcome { volume, name, .. } = self.0;
-        if volume == name { self.verb() } else { format!("{} --as {name}", self.verb()) }
-    }
-
-    fn verb(&self) -> String {
-        let Outcome { direction, volume, want, .. } = self.0;
+    /// The same command once more with a policy, and with the name on the receiver where that differs.
+    fn with_policy(&self, policy: DivergencePolicy) -> String {
+        let Outcome { direction, volume, name, want, .. } = self.0;
         let verb = match direction {
             Direction::Push => "push",
             Direction::Pull => "pull",
         };
-        format!("flocker {verb} {volume}@{} {}", want.name, self.peer())
+        let renamed = if volume == name { String::new() } else { format!(" --as {name}") };
+        format!("flocker {verb} {volume}@{} {}{renamed} --on-divergence {policy}", want.name, self.peer())
     }
 
     /// Says where a command is to be typed, when that is not here.
@@ -240,7 +241,7 @@ impl Story<'_> {
     }
 }
 
-fn way(purpose: String, commands: impl Into<Vec<String>>) -> Way {
+fn step(purpose: String, commands: impl Into<Vec<String>>) -> Step {
     (purpose, commands.into())
 }
 

@@ -23,6 +23,7 @@ use tokio::{net::UnixStream, time::timeout};
 pub use flocker_replication::{
     message::DivergencePolicy,
     plan::{Outcome, Point, Points, UnrelatedReason, Verdict},
+    resolution::{Kept, Place, Resolution},
 };
 pub use flocker_storage::{
     delta::Compare,

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use flocker_replication::{message::DivergencePolicy, plan::Outcome};
+use flocker_replication::{message::DivergencePolicy, plan::Outcome, resolution::Resolution};
 use flocker_storage::{
     delta::Compare,
     driver::{Access, Capabilities, Finding, Orphan, Usage},
@@ -273,6 +273,9 @@ pub struct TransferResource {
     pub state: TransferState,
     /// How the histories compare, once that is known; for a dry run the answer.
     pub outcome: Option<Outcome>,
+    /// What the policy has done where the histories had gone apart (for a dry run: what it would do).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<Resolution>,
     /// How the refusal reads for an operator: the situation drawn, and the commands that go on.
     pub refusal: Option<String>,
     /// Bytes and steps.

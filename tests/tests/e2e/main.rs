@@ -7,6 +7,7 @@ mod bad_input;
 mod btrfs;
 mod crashes;
 mod demo;
+mod divergence;
 mod enrolment;
 mod everything;
 mod faults;

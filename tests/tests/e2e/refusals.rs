@@ -92,7 +92,7 @@ fn another_volume_of_the_same_name_is_not_written_to() {
         drop_mount(node);
     }
 
-    let transfer = refused(a, b, "db@one", &["host-b", "db", "--as"]);
+    let transfer = refused(a, b, "db@one", &["host-b", "db", "--on-divergence fork"]);
 
     assert_eq!(transfer["outcome"]["verdict"]["unrelated"]["reason"], "other-volume-id", "{transfer}");
 }
