@@ -255,6 +255,8 @@ impl Node {
         let peers = Peers::load(&state).await.map_err(start)?;
         let transfers = Transfers::load(&state).await.map_err(start)?;
         let identity = Arc::new(identity);
+        // Nodes of a simulation share one process, and so one table of mounts.
+        let alone = matches!(listen, Listen::At(_));
         let endpoint = match listen {
             Listen::On(socket) => Endpoint::on(socket, identity.clone(), Limits::default()),
             Listen::At(addr) => {
@@ -275,7 +277,7 @@ impl Node {
             catalog: Catalog::default(),
             pins: Arc::default(),
             mounts: Mounts::default(),
-            mounts_really: rustix::process::geteuid().is_root(),
+            mounts_really: alone && rustix::process::geteuid().is_root(),
             peers,
             transfers,
             streams: Streams::default(),

@@ -238,7 +238,9 @@ impl Node {
             Some(Newer::Fork(fork)) => self.split(&volume, keep, fork).await?,
             Some(Newer::Discard) if !newer.is_empty() => self.discard_newer(&volume, keep, &newer).await?,
             None if !newer.is_empty() => return Err(newer_exist(name, &request.snapshot, &newer)),
-            None if self.driver.head_state(volume.record.id).await? == HeadState::Dirty => {
+            None if !fault::is_put_back("a-rollback-drops-a-dirty-head")
+                && self.driver.head_state(volume.record.id).await? == HeadState::Dirty =>
+            {
                 return Err(head_is_dirty(name, &request.snapshot));
             }
             _ => self.driver.rewind(keep).await.map_err(|error| self.blocked(error, &format!("roll back {name}")))?,

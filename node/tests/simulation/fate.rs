@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     rc::Rc,
     sync::{
         Arc,
@@ -32,8 +32,6 @@ struct Inner {
     nodes: Vec<Fate>,
     /// Which node a runtime is of.
     runtimes: HashMap<Id, usize>,
-    /// How often each fault point was passed.
-    passed: BTreeMap<String, u32>,
 }
 
 struct Fate {
@@ -61,7 +59,7 @@ impl Fates {
                 slow: false,
             })
             .collect();
-        let inner = Inner { rng, nodes, runtimes: HashMap::new(), passed: BTreeMap::new() };
+        let inner = Inner { rng, nodes, runtimes: HashMap::new() };
         Rc::new(Self { inner: RefCell::new(inner), put_back })
     }
 
@@ -109,11 +107,6 @@ impl Fates {
         self.inner.borrow_mut().rng.fill_bytes(&mut bytes);
         bytes
     }
-
-    /// Returns how often each fault point was passed.
-    pub(crate) fn passed(&self) -> BTreeMap<String, u32> {
-        self.inner.borrow().passed.clone()
-    }
 }
 
 impl Fate {
@@ -148,7 +141,6 @@ impl Hooks for Fates {
     fn passed(&self, fault_point: &str) {
         let mut inner = self.inner.borrow_mut();
         let Some(node) = inner.here() else { return };
-        *inner.passed.entry(fault_point.to_owned()).or_default() += 1;
         let fate = &mut inner.nodes[node];
         if !fate.dead.load(Ordering::SeqCst) {
             match fate.doomed_in {

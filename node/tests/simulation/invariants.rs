@@ -6,7 +6,8 @@
 //! | nothing acknowledged is lost | the answers of the API against the pools |
 //! | no snapshot goes unless somebody asked for it | each pool against its last sight |
 //! | no head goes unless somebody asked for it | each head against its last sight: it is there, or a snapshot or another head has its bytes |
-//! | at most one primary per epoch | all pools |
+//! | a mounted volume is never replaced underneath its user | each head that is handed out for writing against its last sight |
+//! | at most one primary per epoch | all pools; who was promoted by a user is not counted yet |
 //! | a node answers with no internal error and does not panic | the API's answers, the panic hook |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,8 @@ type Digest = [u8; 32];
 struct Sight {
     snapshots: BTreeMap<SnapshotId, VolumeId>,
     heads: BTreeMap<VolumeId, Digest>,
+    /// Heads that programs have mounted for writing.
+    in_use: BTreeSet<VolumeId>,
 }
 
 /// What somebody asked to be destroyed on one node.
@@ -173,6 +176,11 @@ impl Watch {
             .iter()
             .flat_map(|volume| volume.snapshots.iter().map(|sight| sight.digest).chain([volume.head]))
             .collect();
+        for volume in volumes.iter().filter(|it| it.in_use && self.seen[node].in_use.contains(&it.record.id)) {
+            if self.seen[node].heads.get(&volume.record.id).is_some_and(|head| *head != volume.head) {
+                return Err(complain(name, &format!("the mounted volume {} was replaced", volume.record.name)));
+            }
+        }
         for (volume, head) in &self.seen[node].heads {
             let asked = condemned.volumes.contains(volume) || condemned.heads.contains(head);
             if !bytes.contains(head) && !asked {
@@ -194,6 +202,7 @@ impl Watch {
             .collect();
         // A replica's head is nobody's but its newest snapshot's.
         let heads = volumes.iter().filter(|volume| volume.record.role == Role::Primary);
+        sight.in_use = volumes.iter().filter(|volume| volume.in_use).map(|volume| volume.record.id).collect();
         sight.heads = heads.map(|volume| (volume.record.id, volume.head)).collect();
     }
 

@@ -1,6 +1,6 @@
 //! What happens to a world: verbs, faults and the passing of time, all chosen by the seed; then healing, and what must hold after it.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use axum::http::Method;
 use flocker_storage::model::{Role, SnapshotId, VolumeId};
@@ -35,6 +35,8 @@ pub(crate) struct Report {
     pub(crate) deaths: u32,
     /// Snapshots ever seen.
     pub(crate) snapshots: usize,
+    /// The fault points at which nodes died.
+    pub(crate) points: BTreeSet<String>,
 }
 
 /// A request whose answer is waited for.
@@ -50,6 +52,8 @@ enum Then {
     Nothing,
     /// The snapshot in the answer is promised.
     Promise,
+    /// It names a transfer.
+    Transfer,
     /// Nothing more of this volume goes.
     Spare(VolumeId),
 }
@@ -61,6 +65,8 @@ pub(crate) struct Scenario {
     nodes: usize,
     report: Report,
     waiting: Vec<Waiting>,
+    /// Every transfer that was started: where, and its id.
+    transfers: Vec<(usize, String)>,
     serial: u32,
     steps: u64,
 }
@@ -72,7 +78,8 @@ pub(crate) fn run(seed: u64, put_back: Option<&'static str>) -> (Report, Result<
     let world = World::new(seed, nodes, put_back);
     let watch = Watch::new(nodes);
     let report = Report::default();
-    let mut scenario = Scenario { world, watch, rng, nodes, report, waiting: Vec::new(), serial: 0, steps: 0 };
+    let mut scenario =
+        Scenario { world, watch, rng, nodes, report, waiting: Vec::new(), transfers: Vec::new(), serial: 0, steps: 0 };
     let outcome = scenario.play();
     scenario.report.snapshots = scenario.watch.snapshots;
     (scenario.report, outcome)
@@ -102,9 +109,19 @@ impl Scenario {
             self.world.step();
             self.steps += 1;
             for (node, was_up) in were_up.into_iter().enumerate() {
-                if was_up && !self.world.hosts[node].up {
-                    self.tell(&format!("{} died at a fault point", name_of(node)));
-                    self.dead(node);
+                if !was_up || self.world.hosts[node].up {
+                    continue;
+                }
+                match self.world.hosts[node].died_at.take() {
+                    Some(point) => {
+                        self.tell(&format!("{} died at {point}", name_of(node)));
+                        self.report.points.insert(point);
+                        self.dead(node);
+                    }
+                    None => {
+                        self.tell(&format!("{} has stopped", name_of(node)));
+                        self.waiting.retain(|waiting| waiting.node != node);
+                    }
                 }
             }
             self.answers()?;
@@ -136,6 +153,10 @@ impl Scenario {
             let id = body["id"].as_str().and_then(|id| id.parse::<SnapshotId>().ok());
             match (waiting.then, id) {
                 (Then::Promise, Some(id)) if status < 300 => self.watch.promise(waiting.node, id),
+                (Then::Transfer, _) if status < 300 => {
+                    let id = body["id"].as_str().unwrap_or_default().to_owned();
+                    self.transfers.push((waiting.node, id));
+                }
                 (Then::Spare(volume), _) => {
                     // What it came to is looked at before it is spared.
                     self.watch.check(&self.world)?;
@@ -173,6 +194,9 @@ impl Scenario {
     /// Chooses one thing to happen; `None` when there is nothing that it could happen to.
     fn event(&mut self) -> Option<()> {
         let node = self.rng.random_range(0..self.nodes);
+        if self.world.is_stopping(node) {
+            return None;
+        }
         if !self.world.hosts[node].up {
             self.tell(&format!("{} starts", name_of(node)));
             self.world.start(node);
@@ -188,13 +212,20 @@ impl Scenario {
             74..77 => self.forget(node),
             77..79 => self.destroy(node),
             79..82 => self.promote(node),
-            82..86 => {
+            82..84 => self.mount(node),
+            84..85 => self.cancel(node),
+            85..87 => {
                 self.tell(&format!("{} dies", name_of(node)));
                 self.world.crash(node);
                 self.dead(node);
                 Some(())
             }
-            86..92 => {
+            87..88 => {
+                self.tell(&format!("{} is stopped", name_of(node)));
+                self.world.stop(node);
+                Some(())
+            }
+            88..93 => {
                 let passes = self.rng.random_range(0..12);
                 self.tell(&format!("{} dies at a fault point, after {passes} others", name_of(node)));
                 self.world.fates.doom(node, passes);
@@ -249,10 +280,10 @@ impl Scenario {
             let Some((_, name, _, snapshots)) = self.volume(node) else { return None };
             let Some((_, snapshot)) = snapshots.last() else { return None };
             body["snapshot"] = json!(snapshot);
-            self.ask(node, Method::POST, &format!("/v1/volumes/{name}/push"), body, Then::Nothing)
+            self.ask(node, Method::POST, &format!("/v1/volumes/{name}/push"), body, Then::Transfer)
         } else {
             let Some((_, name, _, _)) = self.volume(peer) else { return None };
-            self.ask(node, Method::POST, &format!("/v1/volumes/{name}/pull"), body, Then::Nothing)
+            self.ask(node, Method::POST, &format!("/v1/volumes/{name}/pull"), body, Then::Transfer)
         }
     }
 
@@ -304,6 +335,19 @@ impl Scenario {
         let Some((id, name, Role::Replica, _)) = self.volume(node) else { return None };
         self.watch.promoted(node, id);
         self.ask(node, Method::POST, &format!("/v1/volumes/{name}/promote"), Value::Null, Then::Nothing)
+    }
+
+    fn mount(&mut self, node: usize) -> Option<()> {
+        let volumes = self.world.look(node);
+        let volume = volumes.choose(&mut self.rng)?;
+        let verb = if volume.in_use { "unmount" } else { "mount" };
+        let path = format!("/v1/volumes/{}/{verb}", volume.record.name);
+        self.ask(node, Method::POST, &path, Value::Null, Then::Nothing)
+    }
+
+    fn cancel(&mut self, node: usize) -> Option<()> {
+        let id = self.transfers.iter().rev().find(|(at, _)| *at == node)?.1.clone();
+        self.ask(node, Method::POST, &format!("/v1/transfers/{id}/cancel"), Value::Null, Then::Nothing)
     }
 
     /// Something happens to the network, or to a pool's speed.
@@ -361,8 +405,11 @@ impl Scenario {
                     self.world.sim.set_link_max_message_latency(a, b, std::time::Duration::from_millis(30));
                 }
             }
-            if !self.world.hosts[a].up {
-                self.world.start(a);
+        }
+        self.until("who is stopping has stopped", |it| (0..it.nodes).all(|node| !it.world.is_stopping(node)))?;
+        for node in 0..self.nodes {
+            if !self.world.hosts[node].up {
+                self.world.start(node);
             }
         }
         self.until("all nodes are up", |it| (0..it.nodes).all(|node| it.world.is_ready(node)))?;

@@ -5,7 +5,10 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     rc::Rc,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,6 +34,8 @@ const PORT: u16 = 7801;
 /// The longest a simulation may run, in simulated time.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
+static WORLDS: AtomicU32 = AtomicU32::new(0);
+
 /// The number of a request.
 pub(crate) type Ticket = u64;
 
@@ -50,6 +55,7 @@ struct Desk {
     answers: BTreeMap<Ticket, (u16, Value)>,
     ready: bool,
     stop: bool,
+    stopped: bool,
     failed: Option<String>,
 }
 
@@ -58,6 +64,8 @@ pub(crate) struct Host {
     pub(crate) name: String,
     pub(crate) pool: Arc<MemoryPool>,
     pub(crate) up: bool,
+    /// The fault point at which it died last, until somebody takes note.
+    pub(crate) died_at: Option<String>,
     desk: Rc<RefCell<Desk>>,
 }
 
@@ -89,7 +97,9 @@ impl World {
             .min_message_latency(Duration::from_millis(1))
             .max_message_latency(Duration::from_millis(30));
         let mut sim = builder.build();
-        let pools: Vec<String> = (0..nodes).map(|node| format!("{seed}-{}-{node}", std::process::id())).collect();
+        // Pools belong to the process, and several worlds may be in it.
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let pools: Vec<String> = (0..nodes).map(|node| format!("simulation-{number}-{node}")).collect();
         let seats = seats(&folder, &pools, nodes);
         let memory: Vec<_> = pools.iter().map(|pool| MemoryPool::named(pool)).collect();
         let fates = Fates::new(seed, memory.clone(), put_back);
@@ -99,7 +109,7 @@ impl World {
         for (node, seat) in seats.into_iter().enumerate() {
             let desk = Rc::new(RefCell::new(Desk::default()));
             let pool = memory[node].clone();
-            hosts.push(Host { name: seat.name.clone(), pool, up: true, desk: desk.clone() });
+            hosts.push(Host { name: seat.name.clone(), pool, up: true, died_at: None, desk: desk.clone() });
             let inside = Inside { node, seat, desk, fates: fates.clone(), weather: weather.clone() };
             sim.host(inside.seat.addr.ip(), move || run(inside.clone()));
         }
@@ -114,7 +124,13 @@ impl World {
     pub(crate) fn step(&mut self) {
         self.sim.step().unwrap();
         for node in 0..self.hosts.len() {
-            if self.hosts[node].up && self.fates.take_death(node).is_some() {
+            if !self.hosts[node].up {
+                continue;
+            }
+            if let Some(point) = self.fates.take_death(node) {
+                self.hosts[node].died_at = Some(point);
+                self.end_process(node);
+            } else if self.hosts[node].desk.borrow().stopped {
                 self.end_process(node);
             }
         }
@@ -142,6 +158,17 @@ impl World {
         *self.hosts[node].desk.borrow_mut() = Desk::default();
         self.hosts[node].up = true;
         self.sim.bounce(ip);
+    }
+
+    /// Stops a node in order; it takes its time.
+    pub(crate) fn stop(&mut self, node: usize) {
+        let mut desk = self.hosts[node].desk.borrow_mut();
+        (desk.stop, desk.ready) = (true, false);
+    }
+
+    /// Whether a node is being stopped.
+    pub(crate) fn is_stopping(&self, node: usize) -> bool {
+        self.hosts[node].up && self.hosts[node].desk.borrow().stop
     }
 
     /// Whether a node answers.
@@ -203,7 +230,11 @@ fn seats(folder: &tempfile::TempDir, pools: &[String], nodes: usize) -> Vec<Seat
             name: name_of(node),
             folder: folder.path().join(name_of(node)),
             addr: address(node),
-            config: format!("pool = \"memory:{}\"\n{rights}", pools[node]),
+            // The last node knows the portable format alone.
+            config: match node + 1 == nodes {
+                true => format!("pool = \"memory:{},portable\"\n{rights}", pools[node]),
+                false => format!("pool = \"memory:{}\"\n{rights}", pools[node]),
+            },
         })
         .collect();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -256,5 +287,7 @@ async fn serve(inside: Inside) {
         while tasks.try_join_next().is_some() {}
         tokio::time::sleep(TICK).await;
     }
+    tasks.shutdown().await;
     running.stop().await;
+    desk.borrow_mut().stopped = true;
 }

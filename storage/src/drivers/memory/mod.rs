@@ -296,6 +296,10 @@ impl Driver for MemoryDriver {
             }
             let taken = requests.iter().map(|request| disk.take_snapshot(open, request)).collect();
             disk.sync(open);
+            if fault::is_put_back("a-snapshot-is-acknowledged-before-it-is-durable") {
+                let keys = requests.iter().map(|it| SnapshotKey { volume: it.volume, snapshot: it.snapshot.id });
+                open.not_durable.extend(keys);
+            }
             taken
         })
         .await

@@ -68,6 +68,8 @@ pub(super) struct Open {
     pub(super) heads: BTreeMap<VolumeId, Tree>,
     pub(super) receiving: BTreeSet<VolumeId>,
     pub(super) attached: BTreeMap<Target, Attached>,
+    /// What a bug that was put back leaves to be lost.
+    pub(super) not_durable: Vec<SnapshotKey>,
 }
 
 /// A path that was handed out.
@@ -103,6 +105,8 @@ pub struct VolumeSight {
     pub head: [u8; 32],
     /// Its own snapshots, oldest first.
     pub snapshots: Vec<Sight>,
+    /// Whether programs may write to it now.
+    pub in_use: bool,
 }
 
 impl MemoryPool {
@@ -121,7 +125,13 @@ impl MemoryPool {
     pub fn crash(&self) {
         if let Some(session) = locked(&self.session).take() {
             session.over.store(true, Ordering::SeqCst);
-            *locked(&session.open) = Open::default();
+            let open = std::mem::take(&mut *locked(&session.open));
+            let mut disk = locked(&self.disk);
+            for key in open.not_durable {
+                if let Some(volume) = disk.volumes.get_mut(&key.volume) {
+                    volume.snapshots.retain(|stored| stored.held.snapshot.id != key.snapshot);
+                }
+            }
         }
     }
 
@@ -131,10 +141,18 @@ impl MemoryPool {
         let Some(session) = locked(&self.session).clone() else { return false };
         let disk = locked(&self.disk);
         let mut open = locked(&session.open);
+        open.absorb();
         let Ok(mut tree) = disk.head(&open, volume) else { return false };
         match contents {
             Some(contents) => tree.write(name, contents),
             None => tree.remove(name),
+        }
+        if let Some(attached) = open.attached.get(&Target::Head(volume)) {
+            let path = attached.folder.path().join("tree");
+            super::folder::remove(&path);
+            if super::folder::export(&tree, &path).is_err() {
+                return false;
+            }
         }
         open.heads.insert(volume, tree);
         true
@@ -153,6 +171,7 @@ impl MemoryPool {
                 .iter()
                 .map(|stored| Sight { held: stored.held.clone(), digest: stored.tree.digest() })
                 .collect(),
+            in_use: open.attached.get(&Target::Head(*id)).is_some_and(|it| it.access == Access::ReadWrite),
         });
         volumes.collect()
     }
