@@ -18,6 +18,8 @@ pub mod zfs;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
+mod folder;
+#[cfg(any(feature = "btrfs", feature = "directory"))]
 mod partial;
 
 /// The names of the drivers compiled in.

@@ -10,12 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use uuid::Uuid;
 
-use super::{
-    pool::{Pool, is_ours, make_dir},
-    subvolume,
-};
+use super::{pool::Pool, subvolume};
 use crate::{
     driver::{Orphan, Scan, Target},
+    drivers::folder::{is_ours, make_dir},
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord, check_metadata},

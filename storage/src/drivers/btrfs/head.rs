@@ -4,11 +4,12 @@ use std::{path::PathBuf, sync::Arc};
 
 use super::{
     catalog::{lay_out_volume, make_head, refuse_blocked},
-    pool::{Attachment, Pool},
+    pool::Pool,
     subvolume::{self, Mode},
 };
 use crate::{
     driver::{Access, Target},
+    drivers::folder::Attachment,
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, Role, SnapshotKey, VolumeId, VolumeRecord},

@@ -13,10 +13,9 @@ use std::{
 
 use rustix::fs::{self as sys, FlockOperation};
 
-use super::pool::POOL_RECORD;
 use crate::{
     command,
-    drivers::PoolSpec,
+    drivers::{PoolSpec, folder::POOL_RECORD},
     error::{Error, ErrorKind, Result},
     records::sync_dir,
 };

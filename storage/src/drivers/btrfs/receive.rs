@@ -27,7 +27,7 @@ use uuid::Uuid;
 use super::{
     catalog::{StoredSnapshot, lay_out_volume},
     delta::{PREAMBLE, parse_preamble, stream_version},
-    pool::{Pool, Stage, make_dir},
+    pool::{Pool, Stage},
     run,
     snapshot::{Totals, count},
     stream::{Changes, Naming, Reader},
@@ -37,7 +37,10 @@ use crate::{
     command::{Input, Running},
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
     driver::Finding,
-    drivers::partial::{self, Progress},
+    drivers::{
+        folder::make_dir,
+        partial::{self, Progress},
+    },
     error::{Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, SnapshotKey, VolumeId},

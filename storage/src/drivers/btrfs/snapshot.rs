@@ -4,12 +4,13 @@ use std::{io, path::Path, sync::Arc};
 
 use super::{
     catalog::StoredSnapshot,
-    pool::{Pool, Stage, make_dir},
+    pool::{Pool, Stage},
     subvolume::{self, GAP_INODE, Mode, Trouble},
 };
 use crate::{
     delta::Compare,
     driver::{Finding, SnapshotReport, SnapshotRequest},
+    drivers::folder::make_dir,
     error::{Error, ErrorKind, Result},
     fault,
     model::SnapshotKey,

@@ -7,9 +7,10 @@ use std::{collections::BTreeSet, fs, io, path::Path, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::pool::{Pool, is_ours, make_dir};
+use super::pool::Pool;
 use crate::{
     driver::{Orphan, Scan, Target},
+    drivers::folder::{is_ours, make_dir},
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord, check_metadata},

@@ -24,14 +24,17 @@ use super::{
     catalog::{StoredSnapshot, check_record, lay_out_volume, refuse_blocked},
     compare::{Joined, Pair},
     head::logical_bytes,
-    pool::{Pool, Stage, make_dir},
+    pool::{Pool, Stage},
     run,
     verify::digest,
 };
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
     driver::{Finding, Target},
-    drivers::partial::{self, Progress},
+    drivers::{
+        folder::make_dir,
+        partial::{self, Progress},
+    },
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, HeldSnapshot, Role, SnapshotKey, VolumeId},

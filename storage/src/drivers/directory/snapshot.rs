@@ -12,12 +12,13 @@ use super::{
     catalog::StoredSnapshot,
     compare::{Joined, Likeness, Pair, Trust, judge, same_contents},
     head::{Reference, baseline_name, drop_other_baselines, file_system_time, inode, logical_bytes},
-    pool::{Pool, Stage, make_dir, sync_file_system},
+    pool::{Pool, Stage},
     verify::digest_beneath,
 };
 use crate::{
     delta::Compare,
     driver::{Finding, SnapshotReport, SnapshotRequest},
+    drivers::folder::{make_dir, sync_file_system},
     error::{Error, ErrorKind, Result},
     fault,
     model::{SnapshotKey, VolumeId},
