@@ -105,6 +105,14 @@ impl Listing {
         self
     }
 
+    /// Returns the listing with whole seconds, for file systems that keep no more.
+    pub fn in_whole_seconds(mut self) -> Self {
+        for entry in self.0.values_mut() {
+            entry.mtime.1 = 0;
+        }
+        self
+    }
+
     /// Returns what differs, one line each.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let shown = |path: &[u8]| path.escape_ascii().to_string();

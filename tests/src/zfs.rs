@@ -78,7 +78,7 @@ impl ZfsHost {
             exec zfs-fuse --no-daemon --no-kstat-mount --max-arc-size 64"
         );
         let holder = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "sh", "-c", &script])
+            .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "slave", "sh", "-c", &script])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("share the log"))
             .stderr(log)

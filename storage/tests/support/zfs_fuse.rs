@@ -202,7 +202,7 @@ fn run_inside(test: &str) {
     }
     // The inner process is the first of its PID namespace: with it, everything in there ends.
     let status = Command::new("setpriv")
-        .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"])
+        .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "slave"])
         .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
