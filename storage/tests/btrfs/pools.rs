@@ -163,15 +163,15 @@ async fn a_block_device_that_holds_something_is_refused_by_name_and_wiped_only_o
     if mount().is_none() {
         return;
     }
-    let device = Device::new(300);
-    let partition_table = || {
+    let partition_table = |device: &Device| {
         // One partition of a kind of its own, and the signature at the end of the first sector.
         let mut sector = vec![0; 512];
         sector[446..462].copy_from_slice(&[0, 0, 2, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
         sector[510..].copy_from_slice(&[0x55, 0xaa]);
         fs::write(&device.name, sector).unwrap();
     };
-    let foreign_btrfs = || {
+    let ext4 = |device: &Device| drop(must("mkfs.ext4", &["-q", "-F", "-L", "my data", &device.name]));
+    let foreign_btrfs = |device: &Device| {
         must("mkfs.btrfs", &["-q", "-f", &device.name]);
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().to_str().unwrap();
@@ -179,16 +179,16 @@ async fn a_block_device_that_holds_something_is_refused_by_name_and_wiped_only_o
         fs::write(folder.path().join("photographs"), "precious").unwrap();
         must("umount", &[place]);
     };
-    let cases: [(&dyn Fn(), &str); 4] = [
-        (&|| drop(must("mkfs.ext4", &["-q", "-F", "-L", "my data", &device.name])), "ext4 (label \"my data\")"),
+    let nothing_known = |device: &Device| fs::write(&device.name, noise(5000)).unwrap();
+    let cases: [(&dyn Fn(&Device), &str); 4] = [
+        (&ext4, "ext4 (label \"my data\")"),
         (&partition_table, "a partition table (dos)"),
         (&foreign_btrfs, "photographs"),
-        (&|| fs::write(&device.name, noise(5000)).unwrap(), "no known kind"),
+        (&nothing_known, "no known kind"),
     ];
     for (fill, words) in cases {
-        must("wipefs", &["-q", "-a", &device.name]);
-        fs::write(&device.name, vec![0; 2 << 20]).unwrap();
-        fill();
+        let device = Device::new(150);
+        fill(&device);
         let before = device.contents();
         let why = device.refusal("").await;
         assert!(why.contains(words), "{words}: {why}");
@@ -227,7 +227,8 @@ fn without_the_program_that_formats_a_pool_in_a_file_is_refused_in_words() {
     let script = "mount --bind /usr/sbin \"$1\" && mount -t tmpfs none /usr/sbin && ln -s \"$1\"/* /usr/sbin/ && \
         rm -f /usr/sbin/mkfs.btrfs && exec \"$2\" --exact pools::child_without_mkfs";
     let status = Command::new("unshare")
-        .args(["--mount", "sh", "-c", script, "sh"])
+        // What other tests unmount meanwhile must not stay mounted here.
+        .args(["--mount", "--propagation", "slave", "sh", "-c", script, "sh"])
         .arg(&bin)
         .arg(std::env::current_exe().unwrap())
         .env(WITHOUT, &place)
