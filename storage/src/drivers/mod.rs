@@ -13,14 +13,14 @@ use crate::{
 pub mod btrfs;
 #[cfg(feature = "directory")]
 pub mod directory;
-#[cfg(feature = "zfs")]
-pub mod zfs;
+#[cfg(any(feature = "btrfs", feature = "directory"))]
+mod folder;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
-mod folder;
-#[cfg(any(feature = "btrfs", feature = "directory"))]
 mod partial;
+#[cfg(feature = "zfs")]
+pub mod zfs;
 
 /// The names of the drivers compiled in.
 pub const DRIVERS: &[&str] = &[

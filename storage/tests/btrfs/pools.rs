@@ -59,6 +59,9 @@ fn why_unusable<T>(result: Result<T>) -> String {
     }
 }
 
+/// Puts something on a device.
+type Fill = fn(&Device);
+
 /// The kernel lets a loop device go with its last user, which may be a moment after the mount.
 fn wait_detached(path: &Path) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -180,11 +183,11 @@ async fn a_block_device_that_holds_something_is_refused_by_name_and_wiped_only_o
         must("umount", &[place]);
     };
     let nothing_known = |device: &Device| fs::write(&device.name, noise(5000)).unwrap();
-    let cases: [(&dyn Fn(&Device), &str); 4] = [
-        (&ext4, "ext4 (label \"my data\")"),
-        (&partition_table, "a partition table (dos)"),
-        (&foreign_btrfs, "photographs"),
-        (&nothing_known, "no known kind"),
+    let cases: [(Fill, &str); 4] = [
+        (ext4, "ext4 (label \"my data\")"),
+        (partition_table, "a partition table (dos)"),
+        (foreign_btrfs, "photographs"),
+        (nothing_known, "no known kind"),
     ];
     for (fill, words) in cases {
         let device = Device::new(150);
