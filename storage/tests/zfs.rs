@@ -1,10 +1,325 @@
-//! What only the ZFS driver promises. The shared suite on it is in tests/conformance.rs.
+//! What only the ZFS driver promises: pools in files, tokens, encrypted volumes, what is not ours left alone. The shared suite
+//! on it is in tests/conformance.rs, kills at its fault points in tests/kill.rs.
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
-use flocker_storage::conformance::{self, Bench};
-use support::zfs_fuse::ZfsHost;
+use std::{fs, path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use flocker_storage::{
+    conformance::{self, Bench, Fixture as _},
+    delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest, ResumePoint},
+    driver::{Access, Driver, SnapshotRequest, Target},
+    drivers,
+    error::{Error, ErrorKind},
+    model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, VolumeId, VolumeRecord},
+};
+use support::zfs_fuse::{ZfsHost, ZfsPlace};
+
+fn record(name: &str) -> VolumeRecord {
+    VolumeRecord {
+        id: VolumeId::mint(),
+        name: name.parse().unwrap(),
+        metadata: [("key".to_owned(), "value".to_owned())].into(),
+        created: "2026-01-01T00:00:00Z".parse().unwrap(),
+        origin: None,
+        role: Role::Primary,
+        epoch: 1,
+        quota_bytes: None,
+    }
+}
+
+async fn take(driver: &dyn Driver, volume: VolumeId) -> HeldSnapshot {
+    let parents = driver.lineage(volume).await.unwrap().tip().map(|tip| tip.snapshot.id).into_iter().collect();
+    let snapshot = Snapshot {
+        id: SnapshotId::mint(),
+        name: "s".parse().unwrap(),
+        parents,
+        host: Host { id: HostId([1; 32]), name: "host".parse().unwrap() },
+        created: "2026-01-01T00:00:00Z".parse().unwrap(),
+        metadata: [("why".to_owned(), "test".to_owned())].into(),
+    };
+    let request = SnapshotRequest { volume, snapshot, compare: Compare::Metadata };
+    driver.snapshot(&[request]).await.unwrap().remove(0).held
+}
+
+async fn write(driver: &dyn Driver, volume: VolumeId, name: &str, contents: &[u8]) {
+    let target = Target::Head(volume);
+    let head = driver.attach(target, Access::ReadWrite).await.unwrap();
+    fs::write(head.join(name), contents).unwrap();
+    driver.detach(target).await.unwrap();
+}
+
+async fn read_file(driver: &dyn Driver, held: &HeldSnapshot, name: &str) -> Vec<u8> {
+    let target = Target::Snapshot(held.volume, held.snapshot.id);
+    let path = driver.attach(target, Access::ReadOnly).await.unwrap();
+    let contents = fs::read(path.join(name)).unwrap();
+    driver.detach(target).await.unwrap();
+    contents
+}
+
+fn noise(bytes: usize) -> Vec<u8> {
+    let mut seed = 1_u64;
+    let mut next = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        seed.to_le_bytes()
+    };
+    (0..bytes / 8).flat_map(|_| next()).collect()
+}
+
+fn request(base: Option<&HeldSnapshot>, target: &HeldSnapshot, format: &DeltaFormat) -> DeltaRequest {
+    let (base, target, format) = (base.map(HeldSnapshot::key), target.key(), format.clone());
+    DeltaRequest { base, target, format, compare: Compare::Metadata, resume: None }
+}
+
+async fn read(driver: &dyn Driver, request: DeltaRequest) -> Result<Vec<Bytes>, Error> {
+    let mut reader = driver.read_delta(request).await?;
+    let mut chunks = Vec::new();
+    while let Some(chunk) = reader.next().await? {
+        chunks.push(chunk);
+    }
+    Ok(chunks)
+}
+
+fn incoming(
+    volume: &VolumeRecord,
+    base: Option<&HeldSnapshot>,
+    target: &HeldSnapshot,
+    format: &DeltaFormat,
+) -> ReceiveRequest {
+    let volume = VolumeRecord { role: Role::Replica, ..volume.clone() };
+    let (snapshot, base) = (target.snapshot.clone(), base.map(HeldSnapshot::key));
+    ReceiveRequest { volume, snapshot, base, format: format.clone(), resume: None }
+}
+
+async fn take_in(driver: &dyn Driver, request: ReceiveRequest, chunks: &[Bytes]) -> Result<HeldSnapshot, Error> {
+    let mut receiving = driver.receive(request).await?;
+    for chunk in chunks {
+        receiving.write(chunk.clone()).await?;
+    }
+    receiving.commit().await
+}
+
+async fn push(
+    (from, to): (&dyn Driver, &dyn Driver),
+    volume: &VolumeRecord,
+    base: Option<&HeldSnapshot>,
+    target: &HeldSnapshot,
+    format: &DeltaFormat,
+) -> Result<HeldSnapshot, Error> {
+    let chunks = read(from, request(base, target, format)).await?;
+    take_in(to, incoming(volume, base, target, format), &chunks).await
+}
+
+struct Pair {
+    a: Arc<dyn Driver>,
+    b: Arc<dyn Driver>,
+    native: DeltaFormat,
+    place: ZfsPlace,
+}
+
+async fn pair(host: &Arc<ZfsHost>) -> Pair {
+    let place = host.place();
+    let (a, b) = (place.open("a").await.unwrap(), place.open("b").await.unwrap());
+    let native = a.capabilities().formats[0].clone();
+    Pair { a, b, native, place }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receive_that_was_cut_goes_on_by_its_token_and_only_for_its_own_step() {
+    let test = "a_receive_that_was_cut_goes_on_by_its_token_and_only_for_its_own_step";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let Pair { a, b, native, place } = pair(&host).await;
+    let volume = record("db");
+    a.create(&volume).await.unwrap();
+    write(&*a, volume.id, "small", b"small").await;
+    let one = take(&*a, volume.id).await;
+    push((&*a, &*b), &volume, None, &one, &native).await.unwrap();
+    write(&*a, volume.id, "large", &noise(24 << 20)).await;
+    let two = take(&*a, volume.id).await;
+    let step = read(&*a, request(Some(&one), &two, &native)).await.unwrap();
+    let mut receiving = b.receive(incoming(&volume, Some(&one), &two, &native)).await.unwrap();
+    for chunk in &step[..step.len() * 3 / 4] {
+        receiving.write(chunk.clone()).await.unwrap();
+    }
+    let point = receiving.suspend().await.unwrap();
+    if host.is_fuse() {
+        assert_eq!(point, None);
+        return;
+    }
+    drop(b);
+    let b = place.open("b").await.unwrap();
+    let partial = b.partial(volume.id).await.unwrap().expect("it can go on");
+    assert_eq!(
+        (Some(&partial.point), &partial.snapshot, partial.base),
+        (point.as_ref(), &two.snapshot, Some(one.key()))
+    );
+    assert_eq!(b.lineage(volume.id).await.unwrap().snapshots, std::slice::from_ref(&one));
+    for wrong in [request(None, &two, &native), request(None, &one, &native), request(Some(&two), &one, &native)] {
+        let error = read(&*a, DeltaRequest { resume: point.clone(), ..wrong }).await.unwrap_err();
+        assert!(matches!(error.kind, ErrorKind::ResumeStale(_)), "a token for another step: {error:?}");
+    }
+    let made_up = Some(ResumePoint(Bytes::from_static(b"1-2-3-4")));
+    let error = read(&*a, DeltaRequest { resume: made_up, ..request(Some(&one), &two, &native) }).await.unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::ResumeStale(_)), "a token that means nothing: {error:?}");
+    let rest = DeltaRequest { resume: point.clone(), ..request(Some(&one), &two, &native) };
+    let rest = read(&*a, rest).await.unwrap();
+    assert!(rest.len() < step.len() / 2, "{} of {} chunks", rest.len(), step.len());
+    let again = ReceiveRequest { resume: point, ..incoming(&volume, Some(&one), &two, &native) };
+    assert_eq!(take_in(&*b, again, &rest).await.unwrap(), two);
+    assert_eq!(read_file(&*b, &two, "large").await, noise(24 << 20));
+    assert_eq!(b.partial(volume.id).await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_encrypted_volume_travels_as_it_lies_and_the_replica_needs_no_key() {
+    let test = "an_encrypted_volume_travels_as_it_lies_and_the_replica_needs_no_key";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    if host.is_fuse() {
+        return;
+    }
+    let key = host.folder().join("key");
+    fs::write(&key, [7; 32]).unwrap();
+    let (secret, location) = (format!("{}/secret", host.root()), format!("keylocation=file://{}", key.display()));
+    let words = ["create", "-o", "mountpoint=none", "-o", "encryption=on", "-o", "keyformat=raw", "-o", &location];
+    host.zfs(&[&words[..], &[&secret]].concat());
+    let open =
+        |dataset: String| async move { drivers::open(&format!("zfs:{dataset}").parse().unwrap()).await.unwrap() };
+    let (a, b) = (open(format!("{secret}/a")).await, open(host.dataset("b")).await);
+    let (volume, native) = (record("db"), a.capabilities().formats[0].clone());
+    a.create(&volume).await.unwrap();
+    write(&*a, volume.id, "file", b"secret").await;
+    let one = take(&*a, volume.id).await;
+    write(&*a, volume.id, "file", b"secret too").await;
+    let two = take(&*a, volume.id).await;
+    assert_eq!(push((&*a, &*b), &volume, None, &one, &native).await.unwrap(), one);
+    assert_eq!(push((&*a, &*b), &volume, Some(&one), &two, &native).await.unwrap(), two);
+    let dataset = format!("{}/b/volumes/{}", host.root(), volume.id);
+    assert_eq!(host.zfs(&["get", "-H", "-o", "value", "keystatus", &dataset]), "unavailable\n");
+    assert_eq!(b.lineage(volume.id).await.unwrap(), a.lineage(volume.id).await.unwrap());
+    assert_eq!(b.head_state(volume.id).await.unwrap(), HeadState::Clean);
+    let target = Target::Snapshot(volume.id, two.snapshot.id);
+    let error = b.attach(target, Access::ReadOnly).await.unwrap_err();
+    assert!(matches!(&error.kind, ErrorKind::Unsupported(why) if why.contains("key")), "{error:?}");
+    b.forget(one.key()).await.unwrap();
+    b.destroy(volume.id).await.unwrap();
+    assert!(b.scan().await.unwrap().volumes.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_base_of_the_portable_format_takes_no_native_increment() {
+    let test = "a_base_of_the_portable_format_takes_no_native_increment";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let Pair { a, b, native, place: _place } = pair(&host).await;
+    let (volume, tree) = (record("db"), DeltaFormat::tree());
+    a.create(&volume).await.unwrap();
+    write(&*a, volume.id, "file", b"one").await;
+    let one = take(&*a, volume.id).await;
+    write(&*a, volume.id, "file", b"two").await;
+    let two = take(&*a, volume.id).await;
+    push((&*a, &*b), &volume, None, &one, &tree).await.unwrap();
+    let error = push((&*a, &*b), &volume, Some(&one), &two, &native).await.unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::FormatUnfit(_)), "{error:?}");
+    assert_eq!(b.lineage(volume.id).await.unwrap().snapshots, std::slice::from_ref(&one));
+    push((&*a, &*b), &volume, Some(&one), &two, &tree).await.unwrap();
+    assert_eq!(read_file(&*b, &two, "file").await, b"two");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_of_a_replica_and_its_own_empty_snapshots_do_not_stand_in_the_way() {
+    let test = "a_reader_of_a_replica_and_its_own_empty_snapshots_do_not_stand_in_the_way";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let Pair { a, b, native, place: _place } = pair(&host).await;
+    for format in [native, DeltaFormat::tree()] {
+        let volume = record("db");
+        a.create(&volume).await.unwrap();
+        write(&*a, volume.id, "file", b"one").await;
+        let one = take(&*a, volume.id).await;
+        write(&*a, volume.id, "file", b"two").await;
+        let two = take(&*a, volume.id).await;
+        push((&*a, &*b), &volume, None, &one, &format).await.unwrap();
+        let path = b.attach(Target::Head(volume.id), Access::ReadOnly).await.unwrap();
+        assert_eq!(fs::read(path.join("file")).unwrap(), b"one");
+        let reader = fs::File::open(path.join("file")).unwrap();
+        let own = take(&*b, volume.id).await;
+        assert!(own.unchanged);
+        let pushed = push((&*a, &*b), &volume, Some(&one), &two, &format).await;
+        assert_eq!(fs::read(path.join("file")).unwrap(), b"one", "what was handed out stays");
+        drop(reader);
+        if host.is_fuse() && format == DeltaFormat::tree() {
+            // It unmounts what is read when the volume's dataset is replaced: refused before anything is done.
+            assert!(matches!(pushed.unwrap_err().kind, ErrorKind::Blocked(_)));
+            b.detach(Target::Head(volume.id)).await.unwrap();
+            push((&*a, &*b), &volume, Some(&one), &two, &format).await.unwrap();
+        } else {
+            pushed.unwrap();
+        }
+        assert_eq!(b.lineage(volume.id).await.unwrap().snapshots, [one, own, two.clone()], "{format}");
+        let path = b.attach(Target::Head(volume.id), Access::ReadOnly).await.unwrap();
+        assert_eq!(fs::read(path.join("file")).unwrap(), b"two", "{format}");
+        b.detach(Target::Head(volume.id)).await.unwrap();
+        assert_eq!(b.head_state(volume.id).await.unwrap(), HeadState::Clean);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_ours_is_listed_and_never_destroyed() {
+    let Some(host) = ZfsHost::enter("what_is_not_ours_is_listed_and_never_destroyed") else { return };
+    let place = host.place();
+    let a = place.open("a").await.unwrap();
+    let volume = record("db");
+    a.create(&volume).await.unwrap();
+    write(&*a, volume.id, "file", b"one").await;
+    let one = take(&*a, volume.id).await;
+    let strange = format!("{}/volumes/{}@by-hand", place.dataset("a"), volume.id);
+    write(&*a, volume.id, "file", b"two").await;
+    host.zfs(&["snapshot", &strange]);
+    let scan = a.scan().await.unwrap();
+    assert_eq!(scan.orphans.iter().map(|orphan| orphan.place.as_str()).collect::<Vec<_>>(), [&strange]);
+    assert!(a.rewind(one.key()).await.is_err(), "going back would destroy it");
+    drop(a);
+    let a = place.open("a").await.unwrap();
+    assert_eq!(a.scan().await.unwrap().orphans.len(), 1);
+    host.zfs(&["list", &strange]);
+    let whole = host.place();
+    drop(whole.open("x").await.unwrap());
+    let root = format!("{}/other", whole.dataset("x"));
+    host.zfs(&["create", "-o", "mountpoint=none", &root]);
+    host.zfs(&["create", "-o", "mountpoint=none", &format!("{root}/data")]);
+    let error = drivers::open(&format!("zfs:{root}").parse().unwrap()).await.err().unwrap();
+    assert!(matches!(&error.kind, ErrorKind::PoolUnusable(why) if why.contains("/data")), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_in_a_file_is_made_imported_again_and_never_made_over_data() {
+    let test = "a_pool_in_a_file_is_made_imported_again_and_never_made_over_data";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let folder = tempfile::tempdir_in(host.folder()).unwrap();
+    let path: PathBuf = folder.path().join("pool.img");
+    let open = |options: &str| {
+        let spec = format!("zfs:{}{options}", path.display()).parse().unwrap();
+        async move { drivers::open(&spec).await }
+    };
+    assert!(open("").await.is_err(), "there is nothing, and no size");
+    fs::write(&path, "precious").unwrap();
+    let error = open(",size=256M").await.err().unwrap();
+    assert!(matches!(&error.kind, ErrorKind::PoolUnusable(why) if why.contains("wipe")), "{error:?}");
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    drop(open(",size=256M,wipe").await.unwrap());
+    fs::remove_file(&path).unwrap();
+    let driver = open(",size=256M").await.unwrap();
+    let volume = record("db");
+    driver.create(&volume).await.unwrap();
+    assert!(matches!(open(",size=256M").await.err().unwrap().kind, ErrorKind::PoolBusy { .. }));
+    let usage = driver.usage().await.unwrap();
+    assert!(usage.total_bytes > 100 << 20 && usage.total_bytes < 256 << 20, "{usage:?}");
+    drop(driver);
+    let driver = open(",wipe").await.unwrap();
+    assert_eq!(driver.scan().await.unwrap().volumes, [(volume, Vec::new())], "a pool of flocker is not wiped");
+    drop(driver);
+    assert_eq!(open("").await.unwrap().scan().await.unwrap().volumes.len(), 1);
+}
 
 /// Cases of the suite, by a part of their names: for the hand.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

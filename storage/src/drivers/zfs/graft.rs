@@ -26,7 +26,7 @@ use crate::{
 /// A receive of a tree. The fields go in this order: first the files are closed.
 pub(super) struct Graft {
     applier: Option<Applier>,
-    _base: Option<View>,
+    base: Option<View>,
     stage: Stage,
 }
 
@@ -75,7 +75,7 @@ impl Graft {
         let root = base.as_ref().map(|view| Root::open(view.path())).transpose()?;
         let destination = Root::open(&stage.path)?;
         let applier = Applier::new(destination, root, Sharing::Exclusive, None, Box::new(|_| Ok(())))?;
-        Ok(Self { applier: Some(applier), _base: base, stage })
+        Ok(Self { applier: Some(applier), base, stage })
     }
 
     pub(super) fn write(&mut self, chunk: &[u8]) -> Result<()> {
@@ -98,6 +98,7 @@ impl Graft {
         for finding in applier.finish()?.findings {
             tracing::warn!(snapshot = %task.request.snapshot.id, path = finding.path, "not kept: {}", finding.what);
         }
+        drop(self.base.take());
         sync(OPERATION, &self.stage.path)?;
         let totals = count(Root::open(&self.stage.path)?)?;
         pool.unmount(&self.stage.path).map_err(|trouble| task.trouble(trouble))?;

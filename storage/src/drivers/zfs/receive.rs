@@ -31,7 +31,7 @@ use super::{
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
     driver::Finding,
-    error::{Error, ErrorKind, Result},
+    error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, VolumeId},
 };
@@ -198,7 +198,7 @@ impl Pool {
         self.unmount(&self.mount_point(&incoming)).map_err(|trouble| task.trouble(trouble))?;
         fault::point("zfs.receive.before-publish");
         let _publishing = self.publishing();
-        let renamed = self.programs.zfs_patiently(&["rename", &incoming, &self.volume_dataset(record.id)]);
+        let renamed = self.rename(&incoming, &self.volume_dataset(record.id));
         renamed.map_err(|trouble| task.trouble(trouble))?;
         fault::point("zfs.receive.published");
         self.unnote(OPERATION, &receive_key(record.id))
@@ -230,6 +230,9 @@ impl Pool {
             let why = format!("somebody took snapshots of the volume: {}", strange.join(", "));
             return Err(task.failed(ErrorKind::Unsupported(why)));
         }
+        // There, renaming a dataset unmounts every clone of its snapshots, and fails half-way where one is read.
+        let attached = !self.abilities.modern && self.has_readers(volume.id());
+        catalog::refuse_blocked(OPERATION, volume.id(), Blockers { attached, ..Blockers::default() })?;
         let kept = self.local_properties(&now).map_err(|trouble| task.trouble(trouble))?;
         self.set_all(&incoming, &kept).map_err(|trouble| task.trouble(trouble))?;
         self.unmount(&self.mount_point(&incoming)).map_err(|trouble| task.trouble(trouble))?;
@@ -257,22 +260,21 @@ impl Pool {
         let old = self.volume_dataset(swap.volume);
         let new = self.incoming_dataset(swap.volume, swap.snapshot);
         let trash = format!("{}/{}", self.folder("trash"), swap.trash);
-        let run = |words: &[&str]| self.programs.zfs_patiently(words).map(drop);
         match self.look(&new, "origin") {
             Ok(found) => {
                 let origin = found.property("origin").unwrap_or_default().to_owned();
                 self.unmount_head(OPERATION, swap.volume)?;
                 self.unmount(&self.mount_point(&new)).map_err(failed)?;
                 if origin.starts_with(&format!("{old}@")) {
-                    run(&["promote", &new]).map_err(failed)?;
+                    self.programs.zfs_patiently(&["promote", &new]).map_err(failed)?;
                 }
                 fault::point("zfs.receive.promoted");
-                match run(&["rename", &old, &trash]) {
+                match self.rename(&old, &trash) {
                     Err(trouble) if trouble.class == Class::NotFound => {}
                     other => other.map_err(failed)?,
                 }
                 fault::point("zfs.receive.moved-away");
-                run(&["rename", &new, &old]).map_err(failed)?;
+                self.rename(&new, &old).map_err(failed)?;
             }
             Err(trouble) if trouble.class == Class::NotFound => {}
             Err(trouble) => return Err(failed(trouble)),

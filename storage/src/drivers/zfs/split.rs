@@ -68,7 +68,6 @@ impl Pool {
         let old = self.volume_dataset(split.record.id);
         let fork = self.volume_dataset(split.fork.id);
         let new = format!("{}/split.{}", self.folder("incoming"), split.record.id);
-        let run = |words: &[&str]| self.programs.zfs_patiently(words).map_err(failed);
         let is_there = |dataset: &str| super::place::exists(&self.programs, dataset).map_err(failed);
         self.unmount_head(OPERATION, split.record.id)?;
         if !is_there(&fork)? {
@@ -83,14 +82,14 @@ impl Pool {
             fault::point("zfs.split.cloned");
             let origin = self.look(&new, "origin").map_err(failed)?;
             if origin.property("origin") == Some(&format!("{old}@{}", split.keep)) {
-                run(&["promote", &new])?;
+                self.programs.zfs_patiently(&["promote", &new]).map_err(failed)?;
             }
             fault::point("zfs.split.promoted");
-            run(&["rename", &old, &fork])?;
+            self.rename(&old, &fork).map_err(failed)?;
         }
         fault::point("zfs.split.head-moved");
         if is_there(&new)? {
-            run(&["rename", &new, &old])?;
+            self.rename(&new, &old).map_err(failed)?;
         }
         fault::point("zfs.split.renamed");
         let found = self.look(&fork, PROPERTIES).map_err(failed)?;

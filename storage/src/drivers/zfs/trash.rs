@@ -25,9 +25,20 @@ impl Pool {
     /// [`Pool::delete_trashed`] or at the next open.
     pub(super) fn trash(&self, operation: &'static str, dataset: &str) -> Result<Trashed> {
         let to = format!("{}/{}", self.folder("trash"), Uuid::now_v7());
-        let renamed = self.programs.zfs_patiently(&["rename", dataset, &to]);
+        let renamed = self.rename(dataset, &to);
         renamed.map_err(|trouble: Trouble| -> Error { trouble.into_error(operation, dataset) })?;
         Ok(Trashed(to))
+    }
+
+    /// Renames a dataset. Nothing that depends on it is unmounted for that where the program can be told so.
+    pub(super) fn rename(&self, from: &str, to: &str) -> std::result::Result<(), Trouble> {
+        if self.abilities.modern {
+            match self.programs.zfs_patiently(&["rename", "-u", from, to]) {
+                Err(trouble) if trouble.class == Class::Usage => {}
+                other => return other.map(drop),
+            }
+        }
+        self.programs.zfs_patiently(&["rename", from, to]).map(drop)
     }
 
     /// Destroys what was trashed. A failure is logged and tried again at the next open: the verb is done already.

@@ -88,6 +88,12 @@ impl Pool {
         }
     }
 
+    /// Tells whether anybody reads a snapshot of a volume.
+    pub(super) fn has_readers(&self, volume: VolumeId) -> bool {
+        let prefix = format!("{volume}.");
+        locked(&self.views.0).keys().any(|name| name.starts_with(&prefix))
+    }
+
     /// Closes all views at the end.
     pub(super) fn close_views(&self) {
         let names: Vec<String> = locked(&self.views.0).drain().map(|(name, _)| name).collect();
