@@ -17,6 +17,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use flocker_replication::{
     divergence::{self, Receiver},
+    merge::with_merged,
     message::{
         Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart, StepStream,
         strip,
@@ -152,6 +153,8 @@ pub(crate) async fn send(
     job: Option<&Arc<Job>>,
 ) -> Result<Concluded, Failure> {
     let lineage = node.driver.lineage(sending.volume.record.id).await.map_err(problem_of)?;
+    // With what merges took in, so that a receiver which has that gets the merge on top of it.
+    let lineage = with_merged(&lineage, &node.held_snapshots());
     if lineage.snapshots.len() > LINEAGE_LIMIT {
         return Err(problem(
             409,

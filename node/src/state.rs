@@ -95,6 +95,13 @@ pub(crate) enum Operation {
     Adopt(Box<Adoption>),
     /// One volume gives its name to another.
     Rename(Renaming),
+    /// A merge makes this snapshot, and puts the head to it.
+    Merge {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot that it makes.
+        snapshot: SnapshotId,
+    },
 }
 
 /// The state database. Cheap to clone; calls are short and run on the blocking pool.

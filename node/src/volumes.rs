@@ -309,6 +309,7 @@ impl Node {
                 },
                 Operation::Adopt(adoption) => self.carry_out(adoption).await,
                 Operation::Rename(renaming) => self.carry_out_renaming(renaming).await,
+                Operation::Merge { volume, snapshot } => self.finish_merge(*volume, *snapshot).await,
             };
             match done {
                 Ok(()) => self.state.end(id).await?,

@@ -3,6 +3,7 @@
 //! Owns the grammar of the command line. Each submodule does the commands of one noun through the API's client.
 
 mod demo;
+mod merge;
 mod node;
 mod snapshots;
 mod transfers;
@@ -120,6 +121,10 @@ enum Command {
     Rollback(snapshots::RollbackArgs),
     /// Make a new volume out of a snapshot
     Clone(snapshots::CloneArgs),
+    /// Show what differs between two snapshots or volumes
+    Diff(merge::DiffArgs),
+    /// Merge another volume's history into a volume: one snapshot with two parents
+    Merge(merge::MergeArgs),
     /// Make this node's replica of a volume writable
     Promote {
         /// The volume
@@ -270,6 +275,8 @@ impl Session<'_> {
             Command::Snapshots { volume } => self.snapshots(&volume).await?,
             Command::Rollback(args) => self.rollback(args).await?,
             Command::Clone(args) => self.clone_snapshot(args).await?,
+            Command::Diff(args) => self.diff(args).await?,
+            Command::Merge(args) => return self.merge(args).await,
             Command::Promote { volume } => self.promote(&volume).await?,
             Command::Push(args) => return self.push(args).await,
             Command::Pull(args) => return self.pull(args).await,
@@ -316,7 +323,8 @@ mod tests {
             (&["rollback", "db@one", "--fork-newer", "x", "--discard-newer"], &["cannot be used with"]),
             (&["set", "db"], &["KEY=VALUE|KEY-"]),
             (&["token", "create", "--ttl", "soon"], &["1h 30m"]),
-            (&["merge", "db", "fork"], &["unrecognized subcommand"]),
+            (&["merge", "db", "fork", "--conflicts", "maybe"], &["stop", "keep-both", "ours", "theirs"]),
+            (&["diff", "db@", "db"], &["snapshot name"]),
         ];
         for (arguments, words) in cases {
             let said = refused(arguments);

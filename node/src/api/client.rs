@@ -314,7 +314,7 @@ impl Client {
         decode(&request, &self.send(Method::POST, path, None).await?)
     }
 
-    async fn post<T: DeserializeOwned>(&self, path: String, body: &impl Serialize) -> Result<T> {
+    pub(super) async fn post<T: DeserializeOwned>(&self, path: String, body: &impl Serialize) -> Result<T> {
         self.json(Method::POST, path, body).await
     }
 
@@ -360,7 +360,7 @@ impl Client {
         }
     }
 
-    async fn connect(&self) -> Result<UnixStream> {
+    pub(super) async fn connect(&self) -> Result<UnixStream> {
         if self.socket.as_os_str().as_bytes().len() > SOCKET_PATH_LIMIT {
             return Err(ClientError::SocketPath { socket: self.socket.clone() });
         }
@@ -370,16 +370,16 @@ impl Client {
         }
     }
 
-    fn unreachable(&self, why: Unreachable) -> ClientError {
+    pub(super) fn unreachable(&self, why: Unreachable) -> ClientError {
         ClientError::Unreachable { socket: self.socket.clone(), why }
     }
 
-    fn broken(&self, request: &str, error: &hyper::Error) -> ClientError {
+    pub(super) fn broken(&self, request: &str, error: &hyper::Error) -> ClientError {
         if error.is_parse() { protocol(request, error) } else { self.unreachable(Unreachable::Lost(error.to_string())) }
     }
 }
 
-fn volume_path(name: &VolumeName, rest: &str) -> String {
+pub(super) fn volume_path(name: &VolumeName, rest: &str) -> String {
     format!("/v1/volumes/{name}{rest}")
 }
 
@@ -396,15 +396,15 @@ fn transfer_path(id: &str, rest: &str) -> Result<String> {
     }
 }
 
-fn describe(method: &Method, path: &str) -> String {
+pub(super) fn describe(method: &Method, path: &str) -> String {
     format!("{method} {path}")
 }
 
-fn protocol(request: &str, what: &dyn fmt::Display) -> ClientError {
+pub(super) fn protocol(request: &str, what: &dyn fmt::Display) -> ClientError {
     ClientError::Protocol { request: request.to_owned(), what: what.to_string() }
 }
 
-fn judge(request: &str, status: StatusCode, headers: &header::HeaderMap, body: Bytes) -> Result<Bytes> {
+pub(super) fn judge(request: &str, status: StatusCode, headers: &header::HeaderMap, body: Bytes) -> Result<Bytes> {
     if status.is_success() {
         return Ok(body);
     }
@@ -416,7 +416,7 @@ fn judge(request: &str, status: StatusCode, headers: &header::HeaderMap, body: B
     Err(protocol(request, &format_args!("status {status}, and no problem in it: {start:?}")))
 }
 
-fn decode<T: DeserializeOwned>(request: &str, body: &[u8]) -> Result<T> {
+pub(super) fn decode<T: DeserializeOwned>(request: &str, body: &[u8]) -> Result<T> {
     serde_json::from_slice(body).map_err(|error| protocol(request, &error))
 }
 

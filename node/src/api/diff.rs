@@ -9,12 +9,10 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
+pub use flocker_storage::tree::diff::{Difference, Property};
 use flocker_storage::{
     model::{ParseError, SnapshotName, SnapshotRef, VolumeName},
-    tree::{
-        diff::{Change, Difference, Property},
-        entry::EntryKind,
-    },
+    tree::{diff::Change, entry::EntryKind},
 };
 use serde::{Deserialize, Serialize};
 

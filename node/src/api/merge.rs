@@ -3,10 +3,8 @@
 use std::sync::Arc;
 
 use axum::{Json as Answer, extract::State};
-use flocker_replication::{
-    merge::{Conflict, ConflictKind, Counts, PathText, Resolution, Resolve},
-    plan::Point,
-};
+pub use flocker_replication::merge::{ConflictKind, Counts, PathText, Resolution, Resolve};
+use flocker_replication::{merge::Conflict, plan::Point};
 use flocker_storage::model::{SnapshotName, VolumeName};
 use serde::{Deserialize, Serialize};
 

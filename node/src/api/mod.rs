@@ -1,6 +1,9 @@
 //! The node's HTTP API: resources, the server on a unix socket, and a client.
 
 pub mod client;
+pub mod diff;
+mod lines;
+pub mod merge;
 mod nodes;
 pub(crate) mod server;
 mod snapshots;

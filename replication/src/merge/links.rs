@@ -100,6 +100,10 @@ fn linked_alike(members: &[(&TreePath, &Name)], a: Pick, b: Pick) -> bool {
 }
 
 fn judge(members: &[(&TreePath, &Name)]) -> Verdict {
+    if members.len() == 1 {
+        // Its other names are gone, or lie where no tree of these is.
+        return Verdict::EachByItself;
+    }
     let equal = |a: Pick, b: Pick| members.iter().all(|(_, name)| a(name) == b(name));
     let like =
         |a: Pick, b: Pick| members.iter().all(|(_, name)| alike(a(name), b(name)) && group(a(name)) == group(b(name)));

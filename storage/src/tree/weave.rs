@@ -3,7 +3,7 @@
 //! Memory: that of the walks (names of the directories on the way) and two windows for comparing contents. Refuses to
 //! know what the trees are to each other. Neighbours: [`super::diff`] compares two, [`super::compose`] makes one of three.
 
-use std::{any::Any, fmt, os::fd::OwnedFd};
+use std::{any::Any, collections::BTreeSet, fmt, os::fd::OwnedFd, path::PathBuf};
 
 use jiff::Timestamp;
 use rustix::{fs::OFlags, io::Errno};
@@ -11,6 +11,7 @@ use rustix::{fs::OFlags, io::Errno};
 use super::{
     blocks::{Blocks, Found, Version},
     entry::{Entry, EntryKind, Time},
+    inventory::InventoryReader,
     path::TreePath,
     root::Root,
     walk::{Attributes, Links, Motion, Walk},
@@ -34,6 +35,7 @@ pub struct TreeView {
     links: Links,
     motion: Motion,
     settled: Option<Time>,
+    inventory: Option<PathBuf>,
     guard: Option<Guard>,
 }
 
@@ -46,12 +48,12 @@ impl fmt::Debug for TreeView {
 impl TreeView {
     /// Makes a view of a tree to which nobody writes.
     pub fn still(root: Root, links: Links) -> Self {
-        Self { root, links, motion: Motion::Still, settled: None, guard: None }
+        Self { root, links, motion: Motion::Still, settled: None, inventory: None, guard: None }
     }
 
     /// Makes a view of a head, which may be in use.
     pub fn live(root: Root) -> Self {
-        Self { root, links: Links::ByInode, motion: Motion::Live, settled: None, guard: None }
+        Self { root, links: Links::ByInode, motion: Motion::Live, settled: None, inventory: None, guard: None }
     }
 
     /// Says when this snapshot of a head was begun. What it has of a file is what the head has, while the head's file
@@ -59,6 +61,13 @@ impl TreeView {
     #[must_use]
     pub fn begun(mut self, at: Timestamp) -> Self {
         self.settled = Some(Time { secs: at.as_second().saturating_sub(SETTLED_SECONDS), nanos: 0 });
+        self
+    }
+
+    /// Says where the tree's inventory lies, for a tree whose files have names in other trees, too.
+    #[must_use]
+    pub fn inventoried(mut self, path: PathBuf) -> Self {
+        self.inventory = Some(path);
         self
     }
 
@@ -94,6 +103,9 @@ struct Strand {
     is_here: bool,
     motion: Motion,
     settled: Option<Time>,
+    inventory: Option<PathBuf>,
+    /// The first names of inodes that have several in this tree, where link counts do not tell.
+    first_names: Option<BTreeSet<TreePath>>,
     // Behind the walk, whose descriptors go first.
     _guard: Option<Guard>,
 }
@@ -108,12 +120,29 @@ impl Weave {
     /// Starts before the first path, the root.
     pub fn new(views: impl IntoIterator<Item = TreeView>) -> Self {
         let strand = |view: TreeView| {
-            let TreeView { root, links, motion, settled, guard } = view;
+            let TreeView { root, links, motion, settled, inventory, guard } = view;
             let walk = Walk::with(root, links, motion, Attributes::OnDemand);
             // As if it had been here, so that the first step takes its first entry.
-            Strand { walk, entry: None, is_here: true, motion, settled, _guard: guard }
+            let (entry, first_names) = (None, None);
+            Strand { walk, entry, is_here: true, motion, settled, inventory, first_names, _guard: guard }
         };
         Self { strands: views.into_iter().map(strand).collect(), path: TreePath::root(), buffers: Default::default() }
+    }
+
+    /// Learns from the inventories which inodes have several names in their trees, so that [`Weave::group`] can tell. Memory
+    /// grows with such inodes only.
+    pub fn learn_groups(&mut self) -> Result<()> {
+        for strand in &mut self.strands {
+            let Some(path) = &strand.inventory else { continue };
+            let mut first_names = BTreeSet::new();
+            for entry in InventoryReader::open(path)? {
+                if let EntryKind::HardLink { to } = entry?.entry.kind {
+                    first_names.insert(to);
+                }
+            }
+            strand.first_names = Some(first_names);
+        }
+        Ok(())
     }
 
     /// Goes on to the next path that any of the trees has; `false` at the end.
@@ -151,13 +180,18 @@ impl Weave {
         }
     }
 
-    /// Returns the first name of the inode that lies here in a tree, where it has several.
+    /// Returns the first name of the inode that lies here in a tree, where it has several there. For trees with an
+    /// inventory only after [`Weave::learn_groups`].
     pub fn group(&self, of: StrandIndex) -> Option<&TreePath> {
         let entry = self.entry(of)?;
         match &entry.kind {
             EntryKind::HardLink { to } => Some(to),
             EntryKind::Directory => None,
-            _ => (entry.stat.nlink > 1).then_some(&entry.path),
+            _ => match &self.strands[of].first_names {
+                Some(first_names) => first_names.contains(&entry.path),
+                None => entry.stat.nlink > 1,
+            }
+            .then_some(&entry.path),
         }
     }
 

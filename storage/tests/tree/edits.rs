@@ -19,7 +19,7 @@ use super::{
 };
 
 #[derive(Debug, Clone)]
-enum Edit {
+pub(crate) enum Edit {
     Write { path: u8, size: u32, seed: u8 },
     Patch { path: u8, at: u32, length: u16, seed: u8 },
     Resize { path: u8, size: u32 },
@@ -36,7 +36,7 @@ enum Edit {
     Touch { path: u8, secs: i32, nanos: u32 },
 }
 
-fn edit() -> impl Strategy<Value = Edit> {
+pub(crate) fn edit() -> impl Strategy<Value = Edit> {
     let path = || 0..24u8;
     let place = || 0..300_000u32;
     prop_oneof![
@@ -74,7 +74,7 @@ fn noise(length: usize, seed: u8) -> Vec<u8> {
 }
 
 /// Does an edit as far as it can be done.
-fn perform(root: &Path, edit: &Edit) {
+pub(crate) fn perform(root: &Path, edit: &Edit) {
     let name = |path: &u8| name(root, *path);
     let regular = |path: &u8| {
         let path = name(path);
@@ -123,7 +123,7 @@ fn perform(root: &Path, edit: &Edit) {
 }
 
 /// `PROPTEST_CASES` asks for more.
-fn cases() -> u32 {
+pub(crate) fn cases() -> u32 {
     std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(160)
 }
 

@@ -99,6 +99,10 @@ fn survives(point: &str) -> bool {
     step(0, &["clone", "db@two", "copy"]);
     step(0, &["snapshot", "copy@c1"]);
     step(0, &["push", "copy@c1", "host-b"]);
+    step(0, &["clone", "db@two", "branch"]);
+    step(0, &["snapshot", "branch@b1"]);
+    step(0, &["merge", "copy", "branch"]);
+    step(0, &["destroy", "branch"]);
     scribble(&mount.join("data.bin"), 92, 20);
     step(0, &["snapshot", "db@three"]);
     scribble(&mount.join("data.bin"), 93, 20);

@@ -324,8 +324,9 @@ impl Pool {
         let Some(key) = serves else { return Ok(TreeView::live(Root::open(path)?)) };
         let begun = self.stored(OPERATION, key)?.snapshot.created;
         self.refuse_tampered(OPERATION, key)?;
-        let inventory = InventoryReader::open(&self.inventory_path(key))?;
-        Ok(TreeView::still(Root::open(path)?, Links::Inventory(Box::new(inventory))).begun(begun))
+        let inventory = self.inventory_path(key);
+        let links = Links::Inventory(Box::new(InventoryReader::open(&inventory)?));
+        Ok(TreeView::still(Root::open(path)?, links).begun(begun).inventoried(inventory))
     }
 
     pub(super) fn detach(&self, target: Target) {
