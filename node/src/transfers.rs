@@ -334,7 +334,7 @@ impl Node {
             return self.join_transfer(&job, &request);
         }
         let resource = TransferResource {
-            id: Uuid::now_v7().to_string(),
+            id: clock::mint().to_string(),
             direction,
             volume: volume.clone(),
             snapshot: request.snapshot.clone(),

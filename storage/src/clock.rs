@@ -16,7 +16,7 @@ pub fn now() -> Timestamp {
 }
 
 /// Makes a UUIDv7: the time in its upper bits, randomness below.
-pub(crate) fn mint() -> Uuid {
+pub fn mint() -> Uuid {
     #[cfg(feature = "simulation")]
     if let Some(hooks) = crate::simulation::hooks() {
         return hooks.mint();
