@@ -256,7 +256,7 @@ impl Arrival {
             return Ok(());
         }
         let view = self.pool.view_of(OPERATION, name, format!("probe.{}", task.request.snapshot.id))?;
-        let read = std::fs::read_dir(view.path()).and_then(|entries| entries.map(|entry| entry.map(drop)).collect());
+        let read = std::fs::read_dir(view.path()).and_then(|mut entries| entries.try_for_each(|entry| entry.map(drop)));
         read.map_err(|error: io::Error| {
             task.failed(ErrorKind::Corrupt(format!("what arrived cannot be read: {error}")))
         })

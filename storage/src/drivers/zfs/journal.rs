@@ -262,11 +262,11 @@ impl Pool {
 
     /// Throws away what a receive that was cut left on a dataset.
     pub(super) fn discard_partial_state(&self, dataset: &str) {
-        if self.abilities.resume && self.look(dataset, "receive_resume_token").is_ok_and(|it| !it.properties.is_empty())
+        if self.abilities.resume
+            && self.look(dataset, "receive_resume_token").is_ok_and(|it| !it.properties.is_empty())
+            && let Err(trouble) = self.programs.zfs_patiently(&["receive", "-A", dataset])
         {
-            if let Err(trouble) = self.programs.zfs_patiently(&["receive", "-A", dataset]) {
-                tracing::warn!(dataset, error = %trouble.error, "a half received state stays");
-            }
+            tracing::warn!(dataset, error = %trouble.error, "a half received state stays");
         }
     }
 

@@ -75,7 +75,7 @@ pub(super) fn encode<T: Serialize>(kind: &str, key: &str, generation: u64, body:
     if inline.len() <= VALUE_LIMIT {
         return Ok(Encoded { header: (name(key), inline), chunks: Vec::new() });
     }
-    let pieces: Vec<String> = body.as_bytes().chunks(VALUE_LIMIT).map(|piece| lossless(piece)).collect();
+    let pieces: Vec<String> = body.as_bytes().chunks(VALUE_LIMIT).map(lossless).collect();
     let header = (name(key), header(pieces.len(), "-"));
     Ok(Encoded { header, chunks: chunk_names(key, generation, pieces.len()).into_iter().zip(pieces).collect() })
 }
