@@ -99,6 +99,8 @@ impl Tree {
 struct Delta {
     gone: Vec<Path>,
     put: Vec<(Path, Entry)>,
+    /// Those of which only mode or time changed.
+    touched: Vec<(Path, u32, (i64, i64))>,
 }
 
 /// Writes the delta from `base` to `target`. The same two trees give the same bytes.
@@ -106,8 +108,15 @@ pub(super) fn write(base: Option<&Tree>, target: &Tree) -> Vec<u8> {
     let none = BTreeMap::new();
     let base = base.map_or(&none, |base| &base.0);
     let gone = base.keys().filter(|path| !target.0.contains_key(*path)).cloned().collect();
-    let put = target.0.iter().filter(|(path, entry)| base.get(*path) != Some(entry));
-    let delta = Delta { gone, put: put.map(|(path, entry)| (path.clone(), entry.clone())).collect() };
+    let (mut put, mut touched) = (Vec::new(), Vec::new());
+    for (path, entry) in &target.0 {
+        match base.get(path) {
+            Some(known) if known == entry => {}
+            Some(known) if known.kind == entry.kind => touched.push((path.clone(), entry.mode, entry.mtime)),
+            _ => put.push((path.clone(), entry.clone())),
+        }
+    }
+    let delta = Delta { gone, put, touched };
     let body = postcard::to_stdvec(&delta).unwrap_or_default();
     [MAGIC, blake3::hash(&body).as_bytes(), &body].concat()
 }
@@ -119,11 +128,15 @@ pub(super) fn apply(base: Option<&Tree>, delta: &[u8]) -> Option<Tree> {
     if blake3::hash(body).as_bytes() != digest {
         return None;
     }
-    let Delta { gone, put } = postcard::from_bytes(body).ok()?;
+    let Delta { gone, put, touched } = postcard::from_bytes(body).ok()?;
     let mut tree = Tree(base.map(|base| base.0.clone()).unwrap_or_default());
     for path in gone {
         tree.0.remove(&path)?;
     }
     tree.0.extend(put);
+    for (path, mode, mtime) in touched {
+        let entry = tree.0.get_mut(&path)?;
+        (entry.mode, entry.mtime) = (mode, mtime);
+    }
     tree.0.contains_key(&Path::new()).then_some(tree)
 }
