@@ -320,7 +320,7 @@ fn a_sender_killed_in_the_middle_leaves_the_old_lineage_and_sends_the_rest_later
 #[test]
 fn a_pool_in_a_file_is_made_and_found_again() {
     let scratch = Scratch::new();
-    let Some([host, _]) = ZfsHost::pair(&scratch) else { return };
+    let Some([host, _other]) = ZfsHost::pair(&scratch) else { return };
     let pool = format!("zfs:{},size=256M", scratch.path().join("pool.zfs").display());
     let mut node = Node::init(&scratch, "host-a", Options { pool: Some(pool), ..host.options() });
     node.start();
