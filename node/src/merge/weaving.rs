@@ -218,7 +218,7 @@ mod tests {
 
     /// Changes something, as far as it can be done.
     fn edit(root: &Path, dice: &mut StdRng) {
-        let mut pick = |dice: &mut StdRng| {
+        let pick = |dice: &mut StdRng| {
             let first = root.join(["a", "b", "c", "c-"][dice.random_range(0..4)]);
             if dice.random() { first } else { first.join(["a", "b"][dice.random_range(0..2)]) }
         };
