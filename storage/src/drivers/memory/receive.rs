@@ -102,10 +102,19 @@ impl MemoryReceiving {
 
     fn keep(&mut self) {
         let ReceiveRequest { volume, snapshot, base, format, .. } = self.request.clone();
-        self.kept = self.taken.len();
+        let from = std::mem::replace(&mut self.kept, self.taken.len());
         let (point, received_bytes) = (point(self.kept), self.kept as u64);
         let partial = Partial { volume: volume.id, snapshot, base, format, point, received_bytes };
-        locked(&self.pool.disk).partials.insert(volume.id, (partial, self.taken.clone()));
+        let mut disk = locked(&self.pool.disk);
+        match disk.partials.get_mut(&volume.id) {
+            Some((known, bytes)) if bytes.len() == from => {
+                *known = partial;
+                bytes.extend_from_slice(&self.taken[from..]);
+            }
+            _ => {
+                disk.partials.insert(volume.id, (partial, self.taken.clone()));
+            }
+        }
     }
 
     fn publish(&self) -> Result<HeldSnapshot> {
