@@ -16,6 +16,8 @@ export PATH=$PWD/tools:$PATH
 # The kernel mounts snapshots below .zfs through it.
 [[ -e /usr/bin/env ]] || ln -s /bin/busybox /usr/bin/env
 
+# Two tests that want one of them at once would race for it.
+modprobe -a veth sch_netem
 for pool in left=/dev/vdb right=/dev/vdc; do
     zpool create -O mountpoint=none "${pool%%=*}" "${pool#*=}" || exit 100
 done
@@ -33,7 +35,7 @@ suite() {
 }
 
 if [[ -e filter ]]; then
-    FLOCKER_TEST_OPENZFS=left,right suite e2e "$(cat filter)"
+    FLOCKER_TEST_OPENZFS=left,right suite e2e $(cat filter)
 else
     export FLOCKER_TEST_OPENZFS=left
     suite zfs_host zfs
