@@ -3,6 +3,7 @@
 //! Everything but `node start`, `init`, `join` and `completions` is a client of the daemon's HTTP API.
 
 mod commands;
+mod graph;
 mod output;
 mod progress;
 mod report;

@@ -8,6 +8,7 @@ mod catalog;
 pub mod config;
 pub mod daemon;
 mod diff;
+mod history;
 mod inbox;
 mod line;
 mod merge;

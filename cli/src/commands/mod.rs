@@ -3,6 +3,7 @@
 //! Owns the grammar of the command line. Each submodule does the commands of one noun through the API's client.
 
 mod demo;
+mod history;
 mod merge;
 mod node;
 mod snapshots;
@@ -117,6 +118,8 @@ enum Command {
         /// The volume
         volume: VolumeName,
     },
+    /// Show a volume's history, with its forks, branches and merges
+    Log(history::LogArgs),
     /// Put a volume back to one of its snapshots
     Rollback(snapshots::RollbackArgs),
     /// Make a new volume out of a snapshot
@@ -273,6 +276,7 @@ impl Session<'_> {
             Command::Unmount { volume } => self.unmount(&volume).await?,
             Command::Snapshot(args) => self.snapshot(args).await?,
             Command::Snapshots { volume } => self.snapshots(&volume).await?,
+            Command::Log(args) => self.log(args).await?,
             Command::Rollback(args) => self.rollback(args).await?,
             Command::Clone(args) => self.clone_snapshot(args).await?,
             Command::Diff(args) => self.diff(args).await?,

@@ -35,8 +35,8 @@ pub use flocker_storage::{
 };
 
 use super::types::{
-    ApiProblem, CloneSnapshot, CreateSnapshot, CreateToken, CreateVolume, MountResource, MountVolume, NodeResource,
-    PatchVolume, PeerResource, PoolResource, Rollback, SnapshotResource, StartTransfer, TokenResource,
+    ApiProblem, CloneSnapshot, CreateSnapshot, CreateToken, CreateVolume, HistoryResource, MountResource, MountVolume,
+    NodeResource, PatchVolume, PeerResource, PoolResource, Rollback, SnapshotResource, StartTransfer, TokenResource,
     TransferResource, Verification, VolumeResource,
 };
 
@@ -201,6 +201,11 @@ impl Client {
     /// Describes a volume, its head included.
     pub async fn volume(&self, name: &VolumeName) -> Result<VolumeResource> {
         self.read(volume_path(name, "")).await
+    }
+
+    /// Shows a volume's history as a graph; with `all_hosts` the peers are asked, too.
+    pub async fn history(&self, name: &VolumeName, all_hosts: bool) -> Result<HistoryResource> {
+        self.read(volume_path(name, if all_hosts { "/history?all_hosts=true" } else { "/history" })).await
     }
 
     /// Changes a volume's metadata.

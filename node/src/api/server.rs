@@ -38,6 +38,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/volumes/{name}/promote", post(volumes::promote))
         .route("/v1/volumes/{name}/merge", post(merge::merge))
         .route("/v1/diff", get(diff::diff))
+        .route("/v1/volumes/{name}/history", get(volumes::history))
         .route("/v1/volumes/{name}/push", post(transfers::push))
         .route("/v1/volumes/{name}/pull", post(transfers::pull))
         .route("/v1/volumes/{name}/snapshots", get(snapshots::list).post(snapshots::create))

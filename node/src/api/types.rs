@@ -183,6 +183,99 @@ pub struct CloneSnapshot {
     pub metadata: Metadata,
 }
 
+/// A volume's history as a graph: nodes and edges, and what each host that was asked holds of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HistoryResource {
+    /// The volume's name here.
+    pub volume: VolumeName,
+    /// The volume.
+    pub id: VolumeId,
+    /// The snapshots, those of forks and clones on this node too.
+    pub nodes: Vec<HistoryNode>,
+    /// Which of them follows which.
+    pub edges: Vec<HistoryEdge>,
+    /// This node, and the peers where they were asked.
+    pub hosts: Vec<HistoryHost>,
+}
+
+/// A snapshot in a history.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HistoryNode {
+    /// The same on every node.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: SnapshotName,
+    /// The host it was taken on.
+    pub host: NodeName,
+    /// When it was taken, by that host's clock.
+    pub created: Timestamp,
+    /// The snapshots it follows, two after a merge. Those that are in no volume any more are named, too.
+    pub parents: Vec<SnapshotId>,
+    /// The sum of the sizes of its files, in bytes.
+    pub logical_bytes: u64,
+    /// Whether it holds the same contents as its parent.
+    pub unchanged: bool,
+    /// Which volumes on which hosts hold it, as far as was asked.
+    pub held_by: Vec<HistoryPlace>,
+}
+
+/// A volume on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryPlace {
+    /// The host.
+    pub host: NodeName,
+    /// The volume's name there.
+    pub volume: VolumeName,
+}
+
+/// One snapshot follows another; both are nodes of the same history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryEdge {
+    /// The later one.
+    pub child: SnapshotId,
+    /// The earlier one.
+    pub parent: SnapshotId,
+}
+
+/// What one host holds of a volume.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HistoryHost {
+    /// The host.
+    pub host: NodeName,
+    /// What kind of answer it gave. The fields below are there where it holds the volume.
+    pub answer: HostAnswer,
+    /// The volume's name there.
+    pub volume: Option<VolumeName>,
+    /// Its role there.
+    pub role: Option<Role>,
+    /// Its epoch there.
+    pub epoch: Option<u64>,
+    /// Whether its head there has changes since its newest snapshot.
+    pub head: Option<HeadState>,
+    /// Its newest snapshot there.
+    pub tip: Option<SnapshotId>,
+    /// The newest of this node's snapshots that it holds, too.
+    pub common: Option<SnapshotId>,
+    /// How many newer ones this node has; nothing where there is none in common.
+    pub behind: Option<u64>,
+    /// Why it does not answer.
+    pub why: Option<String>,
+}
+
+/// What kind of answer a host gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostAnswer {
+    /// It holds the volume.
+    Holds,
+    /// It has no volume of that name.
+    Nothing,
+    /// It has another volume of that name.
+    OtherVolume,
+    /// It cannot be asked: what it holds is not known.
+    Unreachable,
+}
+
 /// Compares a snapshot with its inventory.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verification {

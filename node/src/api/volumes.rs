@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use axum::{Json as Answer, extract::State, http::StatusCode};
 use flocker_storage::model::VolumeName;
+use serde::Deserialize;
 
 use super::{
-    server::{Json, Path},
-    types::{CreateVolume, MountResource, MountVolume, PatchVolume, Rollback, VolumeResource},
+    server::{Json, Path, Query},
+    types::{CreateVolume, HistoryResource, MountResource, MountVolume, PatchVolume, Rollback, VolumeResource},
 };
-use crate::{daemon::Node, problem::Result};
+use crate::{daemon::Node, history::Hosts, problem::Result};
 
 pub(crate) async fn list(State(node): State<Arc<Node>>) -> Answer<Vec<VolumeResource>> {
     Answer(node.catalog.volumes().iter().map(|volume| node.volume_resource(volume)).collect())
@@ -68,4 +69,22 @@ pub(crate) async fn promote(
     Path(name): Path<VolumeName>,
 ) -> Result<Answer<VolumeResource>> {
     Ok(Answer(node.promote(&name).await?))
+}
+
+/// Whom a history is asked of.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HistoryQuery {
+    /// Whether the peers are asked, too.
+    #[serde(default)]
+    all_hosts: bool,
+}
+
+pub(crate) async fn history(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+    Query(query): Query<HistoryQuery>,
+) -> Result<Answer<HistoryResource>> {
+    let hosts = if query.all_hosts { Hosts::All } else { Hosts::Here };
+    Ok(Answer(node.history(&name, hosts).await?))
 }

@@ -41,8 +41,7 @@ fn bad_calls_are_usage_errors_and_change_nothing() {
         (&["no-such-verb"], "no-such-verb"),
         (&["list", "--no-such-flag"], "no-such-flag"),
         (&["push", "db@one", "host-b", "--on-divergence", "overwrite"], "overwrite"),
-        // Known words of a later version: refused as well, not ignored.
-        (&["push", "db@one", "host-b", "--on-divergence", "theirs"], "theirs"),
+        (&["push", "db@one", "host-b", "--on-divergence", "ours", "--as", "copy"], "--as"),
     ];
     for (call, word) in table {
         let output = node.cli(call);

@@ -274,6 +274,32 @@ fn a_dry_run_says_what_would_become_of_both() {
     assert_eq!(done["outcome"]["name"], "db");
 }
 
+#[test]
+fn the_log_draws_both_branches_and_marks_who_holds_what() {
+    let mut cluster = directories();
+    let (a, b) = cluster.pair();
+    arrange(a, b, "db", Diverged);
+    a.cli(&["push", "db@left", "host-b", "--on-divergence", "fork"]).ok();
+
+    let drawn = b.cli_for_people(&["log", "db", "--graph", "--all-hosts"]).ok().stdout;
+    let columns: Vec<&str> = drawn.lines().take(4).map(|line| line.split("  ").next().unwrap()).collect();
+    assert!(columns.contains(&"|/") && columns.contains(&"| *"), "{drawn}");
+    let place = |name: &str| drawn.lines().find(|line| line.contains(&format!("  {name} ("))).unwrap().to_owned();
+    assert!(place("one").contains("host-b:db") && place("one").contains("host-a:db"), "{drawn}");
+    assert!(place("left").contains("host-b:db.host-a.") && place("left").contains("host-a:db]"), "{drawn}");
+    assert!(place("right").contains("[host-b:db]"), "{drawn}");
+
+    let graph = b.cli(&["log", "db", "--all-hosts"]).ok().json();
+    assert_eq!(array(&graph["nodes"]).len(), 3);
+    assert_eq!(array(&graph["edges"]).len(), 2);
+    assert_eq!(graph["hosts"][1]["answer"], "holds");
+    assert_eq!(graph["hosts"][1]["behind"], 1);
+
+    a.kill9();
+    let alone = b.cli(&["log", "db", "--all-hosts"]).ok().says(&["host-a", "not known"]).json();
+    assert_eq!(alone["hosts"][1]["answer"], "unreachable", "{alone}");
+}
+
 /// The fault points of a resolution, found in the source.
 fn points() -> Vec<String> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("node/src/resolve.rs");

@@ -1,0 +1,219 @@
+//! A volume's history as a graph: what this node holds, and what the peers say they hold.
+//!
+//! Owns who is asked and what an answer counts as: a peer that cannot answer is said so, never read as one that has
+//! nothing. Refuses to know how a graph is drawn (the CLI).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use flocker_replication::message::{Describe, Description, Message, PROTOCOL};
+use flocker_storage::model::{HeldSnapshot, NodeName, SnapshotId, VolumeId, VolumeName};
+use flocker_transport::{CloseCode, NO_PROGRESS};
+use tokio::task::JoinSet;
+
+use crate::{
+    api::types::{ApiProblem, HistoryEdge, HistoryHost, HistoryNode, HistoryPlace, HistoryResource, HostAnswer},
+    catalog::Volume,
+    daemon::Node,
+    line::Line,
+    peers::PUSH_ALPN,
+    problem::{Result, problem},
+    state::PeerRow,
+    transfers::Failure,
+};
+
+/// How long a peer may take to tell its history.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Whom a history is asked of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hosts {
+    /// This node.
+    Here,
+    /// This node and all peers.
+    All,
+}
+
+/// The graph while it grows.
+#[derive(Default)]
+struct Graph {
+    nodes: BTreeMap<SnapshotId, HistoryNode>,
+}
+
+impl Graph {
+    fn add(&mut self, host: &NodeName, volume: &VolumeName, held: &HeldSnapshot) {
+        let snapshot = &held.snapshot;
+        let node = self.nodes.entry(snapshot.id).or_insert_with(|| HistoryNode {
+            id: snapshot.id,
+            name: snapshot.name.clone(),
+            host: snapshot.host.name.clone(),
+            created: snapshot.created,
+            parents: snapshot.parents.clone(),
+            logical_bytes: held.logical_bytes,
+            unchanged: held.unchanged,
+            held_by: Vec::new(),
+        });
+        let place = HistoryPlace { host: host.clone(), volume: volume.clone() };
+        if !node.held_by.contains(&place) {
+            node.held_by.push(place);
+        }
+    }
+
+    fn edges(&self) -> Vec<HistoryEdge> {
+        let edges = self.nodes.values().flat_map(|node| {
+            let to = |parent: &SnapshotId| HistoryEdge { child: node.id, parent: *parent };
+            node.parents.iter().filter(|parent| self.nodes.contains_key(parent)).map(to)
+        });
+        edges.collect()
+    }
+}
+
+impl Node {
+    /// Shows a volume's history with that of its forks and clones here, and of whom it was cloned from.
+    pub(crate) async fn history(self: &Arc<Self>, name: &VolumeName, hosts: Hosts) -> Result<HistoryResource> {
+        let volume = self.catalog.find(name)?;
+        let id = volume.record.id;
+        let mut graph = Graph::default();
+        for relative in self.relatives(id) {
+            for held in &relative.snapshots {
+                graph.add(&self.name, &relative.record.name, held);
+            }
+        }
+        let lineage = self.driver.lineage(id).await?;
+        let here: Vec<SnapshotId> = lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
+        let head = self.driver.head_state(id).await?;
+        let mut hosts_told = vec![HistoryHost {
+            host: self.name.clone(),
+            answer: HostAnswer::Holds,
+            volume: Some(name.clone()),
+            role: Some(volume.record.role),
+            epoch: Some(volume.record.epoch),
+            head: Some(head),
+            tip: here.last().copied(),
+            common: here.last().copied(),
+            behind: Some(0),
+            why: None,
+        }];
+        if hosts == Hosts::All {
+            for (peer, described) in self.describe_at_peers(name).await {
+                hosts_told.push(told(&mut graph, id, &here, peer, described));
+            }
+        }
+        Ok(HistoryResource {
+            volume: name.clone(),
+            id,
+            edges: graph.edges(),
+            nodes: graph.nodes.into_values().collect(),
+            hosts: hosts_told,
+        })
+    }
+
+    /// Finds the volumes here that share a part of a volume's history, by their origins.
+    fn relatives(&self, id: VolumeId) -> Vec<Volume> {
+        let all = self.catalog.volumes();
+        let mut related = BTreeSet::from([id]);
+        loop {
+            let before = related.len();
+            for record in all.iter().map(|volume| &volume.record) {
+                let Some(origin) = record.origin else { continue };
+                if related.contains(&record.id) || related.contains(&origin.volume) {
+                    related.extend([record.id, origin.volume]);
+                }
+            }
+            if related.len() == before {
+                return all.into_iter().filter(|volume| related.contains(&volume.record.id)).collect();
+            }
+        }
+    }
+
+    /// Asks all peers at once for their volume of a name; `None` where a peer says that it has none.
+    async fn describe_at_peers(
+        self: &Arc<Self>,
+        name: &VolumeName,
+    ) -> Vec<(NodeName, std::result::Result<Option<Description>, ApiProblem>)> {
+        let mut asked = JoinSet::new();
+        for peer in self.peer_resources() {
+            let (node, name) = (self.clone(), name.clone());
+            asked.spawn(async move {
+                let answer = match node.find_peer(&peer.name).await {
+                    Ok(row) => tokio::time::timeout(ANSWER_TIMEOUT, node.describe_at(row, &name)).await,
+                    Err(problem) => Ok(Err(problem.into())),
+                };
+                let answer = match answer {
+                    Ok(Ok(description)) => Ok(Some(description)),
+                    Ok(Err(failure)) if failure.problem.code == "peer_unknown_volume" => Ok(None),
+                    Ok(Err(failure)) => Err(failure.problem),
+                    Err(_) => Err(problem(504, "peer_unreachable", format!("{} does not answer", peer.name))),
+                };
+                (peer.name, answer)
+            });
+        }
+        let mut answers = asked.join_all().await;
+        answers.sort_by(|(a, _), (b, _)| a.cmp(b));
+        answers
+    }
+
+    async fn describe_at(&self, row: PeerRow, name: &VolumeName) -> std::result::Result<Description, Failure> {
+        let connection = self.connect(&row, PUSH_ALPN).await?;
+        let mut line = Line::open(row.name, &connection).await?;
+        line.send(&Message::Describe(Describe { protocol: PROTOCOL, volume: name.clone() })).await?;
+        let description = match line.recv(NO_PROGRESS).await? {
+            Message::Description(description) => *description,
+            other => return Err(line.broke(format!("{} instead of a description", other.kind())).into()),
+        };
+        connection.close(CloseCode::Done, "");
+        Ok(description)
+    }
+}
+
+/// Takes a peer's answer into the graph.
+fn told(
+    graph: &mut Graph,
+    id: VolumeId,
+    here: &[SnapshotId],
+    host: NodeName,
+    described: std::result::Result<Option<Description>, ApiProblem>,
+) -> HistoryHost {
+    let mut told = HistoryHost {
+        host,
+        answer: HostAnswer::Nothing,
+        volume: None,
+        role: None,
+        epoch: None,
+        head: None,
+        tip: None,
+        common: None,
+        behind: None,
+        why: None,
+    };
+    let description = match described {
+        Err(problem) => {
+            told.answer = HostAnswer::Unreachable;
+            told.why = Some(problem.detail);
+            return told;
+        }
+        Ok(None) => return told,
+        Ok(Some(description)) if description.volume.id != id => {
+            told.answer = HostAnswer::OtherVolume;
+            return told;
+        }
+        Ok(Some(description)) => description,
+    };
+    let Description { volume, lineage, head, .. } = description;
+    for held in &lineage.snapshots {
+        graph.add(&told.host, &volume.name, held);
+    }
+    let common = here.iter().rposition(|id| lineage.find(*id).is_some());
+    told.answer = HostAnswer::Holds;
+    told.tip = lineage.tip().map(|held| held.snapshot.id);
+    told.common = common.map(|at| here[at]);
+    told.behind = common.map(|at| (here.len() - at - 1) as u64);
+    told.volume = Some(volume.name);
+    told.role = Some(volume.role);
+    told.epoch = Some(volume.epoch);
+    told.head = Some(head);
+    told
+}
