@@ -39,6 +39,9 @@ pub(crate) struct Report {
     pub(crate) points: BTreeSet<String>,
 }
 
+/// A volume of a node: id, name, role, ids and names of its snapshots.
+type Chosen = (VolumeId, String, Role, Vec<(SnapshotId, String)>);
+
 /// A request whose answer is waited for.
 struct Waiting {
     node: usize,
@@ -240,7 +243,7 @@ impl Scenario {
     }
 
     /// Chooses a volume of a node: id, name, role, names of its snapshots.
-    fn volume(&mut self, node: usize) -> Option<(VolumeId, String, Role, Vec<(SnapshotId, String)>)> {
+    fn volume(&mut self, node: usize) -> Option<Chosen> {
         let volumes = self.world.look(node);
         let volume = volumes.choose(&mut self.rng)?;
         let snapshots = volume.snapshots.iter().map(|sight| &sight.held.snapshot);
@@ -265,7 +268,7 @@ impl Scenario {
     }
 
     fn snapshot(&mut self, node: usize) -> Option<()> {
-        let Some((_, name, _, _)) = self.volume(node) else { return None };
+        let (_, name, _, _) = self.volume(node)?;
         self.serial += 1;
         let path = format!("/v1/volumes/{name}/snapshots");
         let body = json!({ "name": format!("s{}", self.serial) });
@@ -277,19 +280,19 @@ impl Scenario {
         let policy = *POLICIES.choose(&mut self.rng).unwrap();
         let mut body = json!({ "peer": name_of(peer), "on_divergence": policy });
         if self.rng.random_bool(0.7) {
-            let Some((_, name, _, snapshots)) = self.volume(node) else { return None };
-            let Some((_, snapshot)) = snapshots.last() else { return None };
+            let (_, name, _, snapshots) = self.volume(node)?;
+            let (_, snapshot) = snapshots.last()?;
             body["snapshot"] = json!(snapshot);
             self.ask(node, Method::POST, &format!("/v1/volumes/{name}/push"), body, Then::Transfer)
         } else {
-            let Some((_, name, _, _)) = self.volume(peer) else { return None };
+            let (_, name, _, _) = self.volume(peer)?;
             self.ask(node, Method::POST, &format!("/v1/volumes/{name}/pull"), body, Then::Transfer)
         }
     }
 
     fn clone(&mut self, node: usize) -> Option<()> {
-        let Some((_, name, _, snapshots)) = self.volume(node) else { return None };
-        let Some((_, snapshot)) = snapshots.choose(&mut self.rng).cloned() else { return None };
+        let (_, name, _, snapshots) = self.volume(node)?;
+        let (_, snapshot) = snapshots.choose(&mut self.rng).cloned()?;
         self.serial += 1;
         let path = format!("/v1/volumes/{name}/snapshots/{snapshot}/clone");
         let body = json!({ "name": format!("clone-{}", self.serial) });
@@ -297,8 +300,8 @@ impl Scenario {
     }
 
     fn rollback(&mut self, node: usize) -> Option<()> {
-        let Some((id, name, _, snapshots)) = self.volume(node) else { return None };
-        let Some(at) = (!snapshots.is_empty()).then(|| self.rng.random_range(0..snapshots.len())) else { return None };
+        let (id, name, _, snapshots) = self.volume(node)?;
+        let at = (!snapshots.is_empty()).then(|| self.rng.random_range(0..snapshots.len()))?;
         let mut body = json!({ "snapshot": snapshots[at].1 });
         let mut then = Then::Nothing;
         match self.rng.random_range(0..3) {
@@ -318,15 +321,15 @@ impl Scenario {
     }
 
     fn forget(&mut self, node: usize) -> Option<()> {
-        let Some((_, name, _, snapshots)) = self.volume(node) else { return None };
-        let Some((id, snapshot)) = snapshots.choose(&mut self.rng).cloned() else { return None };
+        let (_, name, _, snapshots) = self.volume(node)?;
+        let (id, snapshot) = snapshots.choose(&mut self.rng).cloned()?;
         self.watch.condemn_snapshot(node, id);
         let path = format!("/v1/volumes/{name}/snapshots/{snapshot}");
         self.ask(node, Method::DELETE, &path, Value::Null, Then::Nothing)
     }
 
     fn destroy(&mut self, node: usize) -> Option<()> {
-        let Some((id, name, _, _)) = self.volume(node) else { return None };
+        let (id, name, _, _) = self.volume(node)?;
         self.watch.condemn_volume(&self.world, node, id);
         self.ask(node, Method::DELETE, &format!("/v1/volumes/{name}"), Value::Null, Then::Spare(id))
     }
