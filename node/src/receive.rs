@@ -542,12 +542,13 @@ impl Node {
 
     /// Refuses before any byte flows what [`Node::make_replica`] would refuse after the last one.
     fn check_replaceable(&self, volume: VolumeId) -> Result<(), Failure> {
-        match self.catalog.get(volume) {
-            Some(known) if known.record.role == Role::Primary => {
-                Ok(self.check_unmounted(&known, "replace the contents of")?)
-            }
-            _ => Ok(()),
+        let Some(known) = self.catalog.get(volume) else { return Ok(()) };
+        // A replica's mount shows a snapshot, and goes on showing it; where there is none it shows the head itself.
+        let shows_head = known.snapshots.is_empty() && known.record.origin.is_none();
+        if known.record.role == Role::Primary || shows_head {
+            self.check_unmounted(&known, "replace the contents of")?;
         }
+        Ok(())
     }
 
     /// Prepares an existing volume for the next snapshot of a history that comes from elsewhere: nobody may be using

@@ -455,6 +455,14 @@ impl Scenario {
         Err(format!("{} does not answer {method} {path}", name_of(node)))
     }
 
+    /// Pushes and returns the transfer as it has ended.
+    fn push_to_its_end(&mut self, node: usize, volume: &str, body: Value) -> Result<Value, String> {
+        let started = self.answer_of(node, Method::POST, &format!("/v1/volumes/{volume}/push"), body)?;
+        let id = started["id"].as_str().unwrap_or_default().to_owned();
+        self.all_final(node)?;
+        self.answer_of(node, Method::GET, &format!("/v1/transfers/{id}"), Value::Null)
+    }
+
     /// Every volume can be brought to every other node, keeping whatever is there.
     fn converge(&mut self) -> Result<(), String> {
         for node in 0..self.nodes {
@@ -465,10 +473,13 @@ impl Scenario {
                 let body =
                     json!({ "peer": name_of(peer), "snapshot": tip.held.snapshot.name, "on_divergence": "fork" });
                 self.tell(&format!("{} must be able to push {name}: {body}", name_of(node)));
-                let started = self.answer_of(node, Method::POST, &format!("/v1/volumes/{name}/push"), body)?;
-                let id = started["id"].as_str().unwrap_or_default().to_owned();
-                self.all_final(node)?;
-                let ended = self.answer_of(node, Method::GET, &format!("/v1/transfers/{id}"), Value::Null)?;
+                let mut ended = self.push_to_its_end(node, name, body.clone())?;
+                if ended["problem"]["code"] == "peer_in_use" {
+                    // Nothing is replaced underneath a user; once nobody uses it, it must go.
+                    let mounted = ended["outcome"]["name"].as_str().unwrap_or(name).to_owned();
+                    self.answer_of(peer, Method::POST, &format!("/v1/volumes/{mounted}/unmount"), Value::Null)?;
+                    ended = self.push_to_its_end(node, name, body)?;
+                }
                 if ended["state"] != "done" {
                     return Err(format!("{} cannot push {name} to {}: {ended}", name_of(node), name_of(peer)));
                 }

@@ -154,6 +154,21 @@ fn reading_a_replica_is_no_divergence() {
 }
 
 #[test]
+fn a_mounted_replica_without_a_snapshot_is_not_replaced_and_its_mount_is_named() {
+    let mut cluster = sharing_one();
+    let (a, b) = cluster.pair();
+    b.cli(&["destroy", "db@one"]).ok();
+    let mount = b.mount("db");
+    write_and_snapshot(a, "two");
+
+    let push = a.cli(&["push", "db@two", "host-b"]).ends_with(4);
+    push.says(&["mounted", &mount.display().to_string()]);
+
+    drop_mount(b);
+    a.push("db@two", "host-b");
+}
+
+#[test]
 fn a_refused_dry_run_and_a_refused_pull_end_the_same_way() {
     let mut cluster = sharing_one();
     let (a, b) = cluster.pair();
