@@ -45,6 +45,13 @@ fn is_dataset(path: &Path) -> bool {
     path.is_relative()
 }
 
+/// Stands behind a fault point that is to be passed with more data than lies between two checkpoints.
+const IN_BULK: &str = "+bulk";
+
+fn takes_bulk(point: &str) -> bool {
+    point.ends_with(".checkpoint") || point.ends_with(IN_BULK)
+}
+
 const SCENARIO: &str = "FLOCKER_TEST_SCENARIO";
 
 fn volume_id(number: u128) -> VolumeId {
@@ -133,7 +140,7 @@ async fn build(place: &Path, point: &str) {
     let first = take(&*sender, 4, 41, &[]).await;
     write(&*sender, 4, &[("a", "changed"), ("b/d", "new")]).await;
     take(&*sender, 4, 42, &[41]).await;
-    if point.ends_with(".checkpoint") {
+    if takes_bulk(point) {
         sender.create(&record(6, None, Role::Primary)).await.unwrap();
         let bulk: String = (0..9_000_000_u32).map(|n| format!("{n:08x}")).collect();
         write(&*sender, 6, &[("bulk", &bulk), ("after", "x")]).await;
@@ -174,7 +181,7 @@ async fn act(place: &Path, point: &str) {
         "rewind" => pool.rewind(key(1, 2)).await.unwrap(),
         "clone" => (*pool).clone_from(&record(9, Some(key(1, 1)), Role::Primary)).await.unwrap(),
         "split" => pool.split(key(1, 1), &record(9, Some(key(1, 1)), Role::Primary)).await.unwrap(),
-        "receive" if point.ends_with(".checkpoint") => receive(place, &*pool, None, 61, 6).await,
+        "receive" if takes_bulk(point) => receive(place, &*pool, None, 61, 6).await,
         "receive" if NATIVE_POINTS.contains(&point) => {
             let sender = open(&place.join("sender")).await.unwrap();
             let lineage = sender.lineage(volume_id(4)).await.unwrap();
@@ -285,7 +292,8 @@ async fn child() {
 fn kill_at(place: &Path, point: &str, pass: u32) -> bool {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "child", "--nocapture"]).stdout(Stdio::null()).stderr(Stdio::null());
-    command.env(SCENARIO, point).env("FLOCKER_TEST_PLACE", place).env("FLOCKER_FAULT", format!("{point}:{pass}"));
+    let fault = format!("{}:{pass}", point.trim_end_matches(IN_BULK));
+    command.env(SCENARIO, point).env("FLOCKER_TEST_PLACE", place).env("FLOCKER_FAULT", fault);
     let status = command.status().unwrap();
     match status.signal() {
         Some(9) => true,
@@ -398,13 +406,17 @@ async fn die_at_each(points: &'static [&'static str], ground: Ground<'_>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_receive_that_was_killed_goes_on_from_its_last_checkpoint() {
-    goes_on_from_its_last_checkpoint("directory.receive.checkpoint", Ground::Temporary).await;
+    for point in ["directory.receive.checkpoint", "directory.receive.before-publish+bulk"] {
+        goes_on_from_its_last_checkpoint(point, Ground::Temporary).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_portable_receive_on_btrfs_that_was_killed_goes_on_from_its_last_checkpoint() {
     let Some(mount) = support::LoopMount::try_new("btrfs", 2 << 30, &["-q"]) else { return };
-    goes_on_from_its_last_checkpoint("btrfs.receive.checkpoint", Ground::Btrfs(mount.path())).await;
+    for point in ["btrfs.receive.checkpoint", "btrfs.receive.before-publish+bulk"] {
+        goes_on_from_its_last_checkpoint(point, Ground::Btrfs(mount.path())).await;
+    }
 }
 
 async fn goes_on_from_its_last_checkpoint(point: &str, ground: Ground<'_>) {

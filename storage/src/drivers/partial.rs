@@ -39,6 +39,34 @@ pub(super) fn read(path: &Path, tree: &str) -> std::result::Result<Partial, Reco
     Ok(partial)
 }
 
+/// Undoes what a commit had begun before the process died, so that the receive can go on: `incoming` is the folder in
+/// the place that becomes the snapshot's. A place without a record, and one where nothing was begun, stay as they are.
+pub(super) fn take_back(path: &Path, incoming: &str) -> io::Result<()> {
+    let volume = path.join("volume");
+    if !path.join(RECORD).exists() || !volume.exists() {
+        return Ok(());
+    }
+    let snapshots = volume.join("snapshots");
+    if snapshots.exists() {
+        for entry in fs::read_dir(snapshots)? {
+            fs::rename(entry?.path(), path.join(incoming))?;
+        }
+    }
+    fs::remove_dir_all(volume)
+}
+
+/// Clears away what a commit writes beside the files: the next one writes it again.
+pub(super) fn clear_beside(tree: &Path) -> io::Result<()> {
+    let Some(folder) = tree.parent() else { return Ok(()) };
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path != tree {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Lists the places of all receives for a volume.
 pub(super) fn places(staging: &Path, volume: VolumeId) -> io::Result<Vec<PathBuf>> {
     let prefix = format!("receive-{volume}-");

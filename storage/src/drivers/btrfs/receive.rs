@@ -58,8 +58,12 @@ const TREE: &str = "tree";
 /// Where in its place a receive's subvolume is.
 const INCOMING_TREE: &str = "incoming/tree";
 
-/// Tells whether a place in staging is a receive that can go on.
+/// Tells whether a place in staging is a receive that can go on; takes back what its commit had begun.
 pub(super) fn is_suspended(path: &Path) -> bool {
+    if let Err(error) = partial::take_back(path, "incoming") {
+        tracing::warn!(path = %path.display(), %error, "a receive cannot go on");
+        return false;
+    }
     partial::read(path, INCOMING_TREE).is_ok()
 }
 
@@ -120,6 +124,10 @@ impl Pool {
         if let Some(point) = &request.resume {
             // Only a receive in the tree format ever leaves something to be found.
             let received_bytes = partial::check(&path, INCOMING_TREE, request, point)?;
+            // A commit that died may have come this far.
+            let tree = path.join(INCOMING_TREE);
+            partial::clear_beside(&tree).map_err(|error| Error::io(OPERATION, object, error))?;
+            subvolume::set_read_only(&tree, false).map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
             return Ok((self.stage_found(path), received_bytes));
         }
         self.clear_partials(volume)?;
@@ -384,7 +392,7 @@ impl Work {
                     tracing::warn!(snapshot = %object, path = finding.path, "not kept: {}", finding.what);
                 }
                 pool.sync(OPERATION)?;
-                subvolume::make_read_only(&tree).map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
+                subvolume::set_read_only(&tree, true).map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
                 let unchanged = request.base.map_or(Ok(false), |base| pool.is_as(base, &tree))?;
                 Arrived { totals: count(OPERATION, &tree)?, unchanged }
             }

@@ -85,16 +85,11 @@ pub(super) fn delete(path: &Path) -> Result<(), CommandError> {
     command::run(PROGRAM, &["subvolume".as_ref(), "delete".as_ref(), text(path)]).map(drop)
 }
 
-pub(super) fn make_read_only(path: &Path) -> Result<(), CommandError> {
-    command::run(
-        PROGRAM,
-        &["property", "set", "-ts"]
-            .map(AsRef::as_ref)
-            .into_iter()
-            .chain([text(path), "ro".as_ref(), "true".as_ref()])
-            .collect::<Vec<_>>(),
-    )
-    .map(drop)
+pub(super) fn set_read_only(path: &Path, read_only: bool) -> Result<(), CommandError> {
+    let value = if read_only { "true" } else { "false" };
+    let words = ["property", "set", "-ts"].map(AsRef::as_ref);
+    let words: Vec<_> = words.into_iter().chain([text(path), "ro".as_ref(), value.as_ref()]).collect();
+    command::run(PROGRAM, &words).map(drop)
 }
 
 /// Limits what a subvolume may hold (where quotas are on).

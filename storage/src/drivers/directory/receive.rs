@@ -53,8 +53,12 @@ const OPERATION: &str = "receive snapshot";
 /// Where in its place a receive's files arrive.
 const TREE: &str = "snapshot/tree";
 
-/// Tells whether a place in staging is a receive that can go on.
+/// Tells whether a place in staging is a receive that can go on; takes back what its commit had begun.
 pub(super) fn is_suspended(path: &Path) -> bool {
+    if let Err(error) = partial::take_back(path, "snapshot") {
+        tracing::warn!(path = %path.display(), %error, "a receive cannot go on");
+        return false;
+    }
     partial::read(path, TREE).is_ok()
 }
 
@@ -133,6 +137,7 @@ impl Pool {
     fn stage_again(self: &Arc<Self>, request: &ReceiveRequest, point: &ResumePoint) -> Result<(Stage, u64)> {
         let path = self.receive_dir(request.volume.id, request.snapshot.id);
         let received_bytes = partial::check(&path, TREE, request, point)?;
+        partial::clear_beside(&path.join(TREE)).map_err(|error| Error::io(OPERATION, path.display(), error))?;
         Ok((self.stage_found(path), received_bytes))
     }
 
