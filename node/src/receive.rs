@@ -20,7 +20,7 @@ use flocker_replication::{
 };
 use flocker_storage::{
     delta::{Compare, DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
-    error::ErrorKind,
+    error::{Error as StorageError, ErrorKind},
     fault,
     model::{
         HeadState, HeldSnapshot, Lineage, NodeName, Role, SnapshotId, SnapshotKey, VolumeId, VolumeName, VolumeRecord,
@@ -384,7 +384,7 @@ async fn publish(
         Some(_) => None,
         None => Some(node.catalog.reserve(name)?),
     };
-    let held = receiving.commit().await.map_err(ApiProblem::from)?;
+    let held = receiving.commit().await.map_err(|error| node.receive_problem(volume, error))?;
     fault::point("node.receive.after-commit");
     match known {
         Some(_) => node.catalog.add_snapshot(held.clone()),
@@ -437,10 +437,10 @@ async fn open_receive(node: &Node, receipt: &Receipt, volume: VolumeId, begin: &
                 tracing::info!(%volume, "a resume point does not fit any more: {}", problem::chain(&error));
                 node.driver.discard_partial(volume).await.map_err(ApiProblem::from)?;
             }
-            Err(error) => return Err(ApiProblem::from(error).into()),
+            Err(error) => return Err(node.receive_problem(volume, error).into()),
         }
     }
-    let receiving = node.driver.receive(request(None)).await.map_err(ApiProblem::from)?;
+    let receiving = node.driver.receive(request(None)).await.map_err(|error| node.receive_problem(volume, error))?;
     Ok(Open { start: StepStart::Beginning, incoming, receiving })
 }
 
@@ -497,7 +497,7 @@ async fn receive_failed(
                         let failure = refuse(line, said.with("what", problem::chain(&*error))).await;
                         return failure;
                     }
-                    _ => (*error).into(),
+                    _ => node.receive_problem(volume, *error),
                 },
                 Err(error) => problem::internal(error),
             };
@@ -538,6 +538,14 @@ impl Node {
             Some(_) => Ok(self.driver.lineage(volume).await.map_err(ApiProblem::from)?),
             None => Ok(Lineage::default()),
         }
+    }
+
+    /// Names the mount where a driver cannot take something in underneath it.
+    fn receive_problem(&self, volume: VolumeId, error: StorageError) -> ApiProblem {
+        let attached = matches!(&error.kind, ErrorKind::Blocked(blockers) if blockers.attached);
+        let known = self.catalog.get(volume).filter(|_| attached);
+        let mounted = known.and_then(|known| self.check_unmounted(&known, "take in a snapshot of").err());
+        mounted.unwrap_or_else(|| error.into())
     }
 
     /// Refuses before any byte flows what [`Node::make_replica`] would refuse after the last one.

@@ -23,29 +23,34 @@ for pool in left=/dev/vdb right=/dev/vdc; do
 done
 
 export FLOCKER_REQUIRE=openzfs,setpriv FLOCKER_TEST_BINARY=$PWD/bin/flocker RUST_BACKTRACE=0
-failed=()
+suites=()
 
-# suite NAME FILTER...: runs the tests of an executable whose names hold one of the filters.
+# suite NAME POOLS FILTER...: starts the tests of an executable whose names hold one of the filters. The suites run side by
+# side: most of their time goes into the start of one program after the other.
 suite() {
-    local name=$1 start=$SECONDS
-    shift
-    echo "=== $name: $*"
-    "bin/$name" "$@" --test-threads=2 || failed+=("$name")
-    echo "=== $name took $((SECONDS - start)) s"
+    local name=$1 pools=$2
+    shift 2
+    FLOCKER_TEST_OPENZFS=$pools "bin/$name" "$@" --test-threads=1 >"/tmp/$name.log" 2>&1 &
+    suites+=("$name=$!")
 }
 
 if [[ -e filter ]]; then
-    FLOCKER_TEST_OPENZFS=left,right suite e2e $(cat filter)
+    suite e2e left,right $(cat filter)
 else
-    export FLOCKER_TEST_OPENZFS=left
-    suite zfs_host zfs
-    [[ ! -e bin/zfs ]] || suite zfs ""
-    suite conformance zfs
-    suite kill zfs
-    export FLOCKER_TEST_OPENZFS=left,right
-    suite e2e zfs::
+    # Each of the tests that only this machine can run, and those of the others that cross from node to node.
+    # kill.rs is left out: it opens a pool some hundred times, which takes too long under emulation.
+    suite e2e left,right openzfs:: zfs::history_goes_natively zfs::history_goes_from_zfs_to_a_directory zfs::clones zfs::natives
+    suite conformance left zfs
+    suite zfs left ""
 fi
 
+failed=()
+for suite in "${suites[@]}"; do
+    name=${suite%%=*}
+    wait "${suite#*=}" || failed+=("$name")
+    echo "=== $name, after $SECONDS s"
+    cat "/tmp/$name.log"
+done
 if ((${#failed[@]})); then
     echo "FAILED in the test machine: ${failed[*]}"
     exit 1
