@@ -29,14 +29,11 @@ use flocker_replication::{
 };
 use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest},
-    driver::{Driver, SnapshotRequest},
+    driver::Driver,
     error::{ErrorKind, Result as StorageResult},
     fault,
-    model::{
-        HeadState, HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeName, VolumeRecord,
-    },
+    model::{HeadState, HeldSnapshot, Lineage, Role, SnapshotId, SnapshotKey, VolumeId, VolumeName, VolumeRecord},
 };
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -326,29 +323,6 @@ impl Node {
         self.check_unmounted(known, WHAT)?;
         self.check_unpinned(known, WHAT)?;
         self.inbox.check_quiet(known, WHAT)
-    }
-
-    /// Takes a snapshot of a head whose changes no snapshot holds.
-    pub(crate) async fn keep_head(&self, known: &mut Volume) -> Result<HeldSnapshot> {
-        let id = SnapshotId::mint();
-        let parent = known.snapshots.last().map(|held| held.snapshot.id);
-        let parent = parent.or(known.record.origin.map(|key| key.snapshot));
-        let snapshot = Snapshot {
-            id,
-            name: format!("before-{}", id.short()).parse()?,
-            parents: parent.into_iter().collect(),
-            host: self.host(),
-            created: Timestamp::now(),
-            metadata: Default::default(),
-        };
-        let request = SnapshotRequest { volume: known.record.id, snapshot, compare: Compare::Metadata };
-        let Some(report) = self.driver.snapshot(&[request]).await?.pop() else {
-            return Err(problem::internal("the driver took no snapshot and gave no reason"));
-        };
-        self.catalog.add_snapshot(report.held.clone());
-        known.snapshots.push(report.held.clone());
-        fault::point("adopt.head-kept");
-        Ok(report.held)
     }
 
     /// Finds the name of the fork that keeps a history. A volume that has the name already, or the id that goes with

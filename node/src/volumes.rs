@@ -5,12 +5,13 @@
 
 use flocker_storage::{
     clock,
-    driver::{Driver, SnapshotRequest},
+    delta::Compare,
+    driver::{Driver, SnapshotReport, SnapshotRequest},
     error::{Blockers, Error as StorageError, ErrorKind},
     fault,
     model::{
-        HeadState, HeldSnapshot, Host, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName, SnapshotRef, VolumeId,
-        VolumeName, VolumeRecord, check_metadata,
+        HeadState, HeldSnapshot, Host, Metadata, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName, SnapshotRef,
+        VolumeId, VolumeName, VolumeRecord, check_metadata,
     },
 };
 
@@ -22,7 +23,7 @@ use crate::{
     catalog::Volume,
     daemon::Node,
     mounts::{self, read_only_replica},
-    problem::{Result, problem},
+    problem::{Result, internal, problem},
     state::Operation,
 };
 
@@ -138,23 +139,45 @@ impl Node {
             let detail = format!("volume {name} has a snapshot {} already", request.name);
             return Err(problem(409, "snapshot_exists", detail).hint("choose another name"));
         }
+        let report = self.take(&volume, SnapshotId::mint(), request.name, request.metadata, request.compare).await?;
+        Ok(SnapshotResource { warnings: report.warnings, ..snapshot_resource(name, &report.held) })
+    }
+
+    /// Takes a snapshot of a head whose changes no snapshot holds, before something else takes its place.
+    pub(crate) async fn keep_head(&self, known: &mut Volume) -> Result<HeldSnapshot> {
+        let id = SnapshotId::mint();
+        let name = format!("before-{}", id.short()).parse()?;
+        let report = self.take(known, id, name, Metadata::default(), Compare::Metadata).await?;
+        known.snapshots.push(report.held.clone());
+        fault::point("node.head-kept");
+        Ok(report.held)
+    }
+
+    /// Takes a snapshot whose parent is the newest one.
+    async fn take(
+        &self,
+        volume: &Volume,
+        id: SnapshotId,
+        name: SnapshotName,
+        metadata: Metadata,
+        compare: Compare,
+    ) -> Result<SnapshotReport> {
         let parent = volume.snapshots.last().map(|held| held.snapshot.id);
         let parent = parent.or(volume.record.origin.map(|key| key.snapshot));
         let snapshot = Snapshot {
-            id: SnapshotId::mint(),
-            name: request.name,
+            id,
+            name,
             parents: parent.into_iter().collect(),
             host: self.host(),
             created: clock::now(),
-            metadata: request.metadata,
+            metadata,
         };
-        let request = SnapshotRequest { volume: volume.record.id, snapshot, compare: request.compare };
-        let mut reports = self.driver.snapshot(&[request]).await?;
-        let Some(report) = reports.pop() else {
-            return Err(problem(500, "internal", "the driver took no snapshot and gave no reason"));
+        let request = SnapshotRequest { volume: volume.record.id, snapshot, compare };
+        let Some(report) = self.driver.snapshot(&[request]).await?.pop() else {
+            return Err(internal("the driver took no snapshot and gave no reason"));
         };
         self.catalog.add_snapshot(report.held.clone());
-        Ok(SnapshotResource { warnings: report.warnings, ..snapshot_resource(name, &report.held) })
+        Ok(report)
     }
 
     /// Destroys a snapshot.

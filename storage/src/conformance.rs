@@ -78,11 +78,6 @@ pub(crate) struct Look {
 }
 
 impl Bench {
-    /// For running single cases.
-    pub fn on(fixture: impl Fixture + 'static) -> Self {
-        Self { fixture: Box::new(fixture) }
-    }
-
     async fn open(&self, pool: &str) -> Arc<dyn Driver> {
         self.fixture.open(pool).await.expect("the pool opens")
     }

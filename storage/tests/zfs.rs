@@ -8,7 +8,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use flocker_storage::{
-    conformance::{self, Bench, Fixture as _},
+    conformance::Fixture as _,
     delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest, ResumePoint},
     driver::{Access, Driver, SnapshotRequest, Target},
     drivers,
@@ -319,16 +319,4 @@ async fn a_pool_in_a_file_is_made_imported_again_and_never_made_over_data() {
     assert_eq!(driver.scan().await.unwrap().volumes, [(volume, Vec::new())], "a pool of flocker is not wiped");
     drop(driver);
     assert_eq!(open("").await.unwrap().scan().await.unwrap().volumes.len(), 1);
-}
-
-/// Cases of the suite, by a part of their names: for the hand.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "runs single cases: CASE=part_of_a_name"]
-async fn single_cases_of_the_suite() {
-    let Some(host) = ZfsHost::enter("single_cases_of_the_suite") else { return };
-    let wanted = std::env::var("CASE").unwrap_or_default();
-    for (name, case) in conformance::cases().into_iter().filter(|(name, _)| name.contains(&wanted)) {
-        eprintln!("conformance: {name}");
-        case(&Bench::on(host.place())).await;
-    }
 }

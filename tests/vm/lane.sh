@@ -56,6 +56,8 @@ machine
 share=$(mktemp -d)
 trap 'rm -rf "$share"' EXIT
 mkdir -p "$share/bin" "$share/tools"
+# Into a variable first: a build that fails ends the lane.
+built=$(executables "$@")
 while read -r name path; do
     for suite in "${suites[@]}"; do
         [[ $name == "$suite" ]] || continue
@@ -63,7 +65,10 @@ while read -r name path; do
         # The binary under test lies above the tests of its build.
         [[ $name != e2e ]] || carry "$(dirname "$(dirname "$path")")/flocker" "$share/bin/flocker"
     done
-done < <(executables "$@")
+done <<<"$built"
+for suite in "${suites[@]}"; do
+    [[ -e $share/bin/$suite ]] || { echo "there is no test executable $suite" >&2; exit 1; }
+done
 # Busybox's one knows no --pdeathsig.
 carry "$(command -v setpriv)" "$share/tools/setpriv"
 cp "$here/job.sh" "$share/"

@@ -20,13 +20,13 @@ use flocker_replication::{
     plan::Point,
 };
 use flocker_storage::{
-    delta::{Compare, DeltaFormat, ReceiveRequest},
-    driver::{SnapshotRequest, Target},
+    clock,
+    delta::{DeltaFormat, ReceiveRequest},
+    driver::Target,
     error::{ErrorKind, Result as StorageResult},
     fault,
     model::{HeadState, HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeName},
 };
-use jiff::Timestamp;
 
 use self::weaving::Trees;
 use crate::{
@@ -72,7 +72,7 @@ impl Node {
             if request.dry_run {
                 unsaved.push(name.clone());
             } else {
-                let held = self.keep_unsaved(&mut volume).await?;
+                let held = self.keep_head(&mut volume).await?;
                 kept.push(format!("{name}@{}", held.snapshot.name));
             }
         }
@@ -112,33 +112,11 @@ impl Node {
             if request.dry_run {
                 unsaved.push(name.clone());
             } else {
-                let held = self.keep_unsaved(&mut volume).await?;
+                let held = self.keep_head(&mut volume).await?;
                 kept.push(format!("{name}@{}", held.snapshot.name));
             }
         }
         Ok(self.driver.lineage(id).await?)
-    }
-
-    /// Takes a snapshot of a head whose changes no snapshot holds.
-    async fn keep_unsaved(&self, volume: &mut Volume) -> Result<HeldSnapshot> {
-        let id = SnapshotId::mint();
-        let parent = volume.snapshots.last().map(|held| held.snapshot.id);
-        let parent = parent.or(volume.record.origin.map(|key| key.snapshot));
-        let snapshot = Snapshot {
-            id,
-            name: format!("before-{}", id.short()).parse()?,
-            parents: parent.into_iter().collect(),
-            host: self.host(),
-            created: Timestamp::now(),
-            metadata: Default::default(),
-        };
-        let request = SnapshotRequest { volume: volume.record.id, snapshot, compare: Compare::Metadata };
-        let Some(report) = self.driver.snapshot(&[request]).await?.pop() else {
-            return Err(problem::internal("the driver took no snapshot and gave no reason"));
-        };
-        self.catalog.add_snapshot(report.held.clone());
-        volume.snapshots.push(report.held.clone());
-        Ok(report.held)
     }
 
     fn check_mergeable(&self, volume: &Volume) -> Result<()> {
@@ -234,7 +212,7 @@ impl Node {
             name,
             parents: vec![three.ours.snapshot.id, three.theirs.snapshot.id],
             host: self.host(),
-            created: Timestamp::now(),
+            created: clock::now(),
             metadata: Default::default(),
         };
         let key = SnapshotKey { volume: volume.record.id, snapshot: snapshot.id };

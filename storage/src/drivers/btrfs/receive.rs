@@ -392,7 +392,8 @@ impl Work {
                     tracing::warn!(snapshot = %object, path = finding.path, "not kept: {}", finding.what);
                 }
                 pool.sync(OPERATION)?;
-                subvolume::set_read_only(&tree, true).map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
+                subvolume::set_read_only(&tree, true)
+                    .map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
                 let unchanged = request.base.map_or(Ok(false), |base| pool.is_as(base, &tree))?;
                 Arrived { totals: count(OPERATION, &tree)?, unchanged }
             }
