@@ -51,7 +51,12 @@ pub fn cases() -> Vec<Case> {
 
 /// Runs all cases, each on a new fixture.
 pub async fn run<F: Fixture + 'static>(make: impl Fn() -> F) {
-    for (name, case) in cases() {
+    run_share(make, 0, 1).await;
+}
+
+/// Runs every case whose number leaves `share` when it is divided by `of`, so that slow pools take several tests.
+pub async fn run_share<F: Fixture + 'static>(make: impl Fn() -> F, share: usize, of: usize) {
+    for (name, case) in cases().into_iter().skip(share).step_by(of) {
         eprintln!("conformance: {name}");
         let bench = Bench { fixture: Box::new(make()) };
         case(&bench).await;

@@ -38,9 +38,15 @@ async fn btrfs_passes_where_quotas_are_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn zfs_passes_on_a_pool_in_a_file() {
-    let Some(host) = ZfsHost::enter("zfs_passes_on_a_pool_in_a_file") else { return };
-    conformance::run(|| host.place()).await;
+async fn zfs_passes_the_even_cases() {
+    let Some(host) = ZfsHost::enter("zfs_passes_the_even_cases") else { return };
+    conformance::run_share(|| host.place(), 0, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn zfs_passes_the_odd_cases() {
+    let Some(host) = ZfsHost::enter("zfs_passes_the_odd_cases") else { return };
+    conformance::run_share(|| host.place(), 1, 2).await;
 }
 
 /// Root runs the suite once more as somebody who may do little: this binary, copied to where that user can read it.

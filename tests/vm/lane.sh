@@ -11,7 +11,7 @@ cd "$here/../.."
 
 # The tests that are carried: the names of their executables.
 suites=(conformance zfs e2e)
-limit_seconds=720
+limit_seconds=1500
 cache=$PWD/.cache/vm
 packed=../shared/zfsvm/image
 

@@ -9,8 +9,9 @@ use super::{
     entry::{Entry, EntryKind, Stat, Time, Xattrs},
     inventory::InventoryEntry,
     path::TreePath,
+    target::Target,
     weave::{Guard, StrandIndex, TreeView, Weave},
-    write::{DeltaWriter, Target},
+    write::DeltaWriter,
 };
 use crate::{
     delta::Compare,

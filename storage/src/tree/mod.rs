@@ -22,6 +22,7 @@ pub mod inventory;
 pub mod listing;
 pub mod path;
 pub mod root;
+mod target;
 pub mod walk;
 pub mod weave;
 mod wire;
