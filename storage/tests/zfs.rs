@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::{fs, path::PathBuf, sync::Arc};
+use std::{fs, path::PathBuf, process::Command, sync::Arc};
 
 use bytes::Bytes;
 use flocker_storage::{
@@ -319,4 +319,81 @@ async fn a_pool_in_a_file_is_made_imported_again_and_never_made_over_data() {
     assert_eq!(driver.scan().await.unwrap().volumes, [(volume, Vec::new())], "a pool of flocker is not wiped");
     drop(driver);
     assert_eq!(open("").await.unwrap().scan().await.unwrap().volumes.len(), 1);
+}
+
+/// A block device of a test: a loop device, or the disk that the test machine has for it.
+struct Disk {
+    path: String,
+    is_loop: bool,
+}
+
+impl Disk {
+    fn new(host: &ZfsHost) -> Self {
+        if let Ok(path) = std::env::var("FLOCKER_TEST_DISK") {
+            return Self { path, is_loop: false };
+        }
+        let image = host.folder().join("disk");
+        fs::File::create(&image).unwrap().set_len(256 << 20).unwrap();
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(image).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self { path: String::from_utf8(output.stdout).unwrap().trim().to_owned(), is_loop: true }
+    }
+
+    async fn open(&self, options: &str) -> flocker_storage::error::Result<Arc<dyn Driver>> {
+        drivers::open(&format!("zfs:{}{options}", self.path).parse().unwrap()).await
+    }
+
+    async fn refusal(&self, options: &str) -> String {
+        match self.open(options).await.err() {
+            Some(Error { kind: ErrorKind::PoolUnusable(why), .. }) => why,
+            other => panic!("{options}: {other:?}"),
+        }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if self.is_loop {
+            let _ = Command::new("losetup").args(["--detach", &self.path]).status();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_block_device_is_taken_when_it_is_empty_and_wiped_only_on_demand() {
+    let test = "a_block_device_is_taken_when_it_is_empty_and_wiped_only_on_demand";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let disk = Disk::new(&host);
+    let beginning = || {
+        let mut bytes = vec![0; 8192];
+        std::io::Read::read_exact(&mut fs::File::open(&disk.path).unwrap(), &mut bytes).unwrap();
+        bytes
+    };
+    let mut file = fs::File::options().write(true).open(&disk.path).unwrap();
+    std::io::Write::write_all(&mut file, b"photographs").unwrap();
+    file.sync_all().unwrap();
+    let before = beginning();
+    assert!(disk.refusal("").await.contains("it holds data"));
+    assert_eq!(beginning(), before);
+
+    host.zpool(&["create", "-f", "-m", "none", "theirs", &disk.path]);
+    host.zfs(&["create", "theirs/data"]);
+    for options in ["", ",wipe"] {
+        let why = disk.refusal(options).await;
+        assert!(why.contains("in use by the pool theirs"), "{options}: {why}");
+        assert!(host.zfs(&["list", "-H", "-o", "name", "-r", "theirs"]).contains("theirs/data"), "{options}");
+    }
+    host.zpool(&["export", "theirs"]);
+    assert!(disk.refusal("").await.contains("it holds the pool theirs"));
+    assert!(!host.zpool(&["list", "-H", "-o", "name"]).contains("theirs"), "it is not imported to be looked at");
+
+    let driver = disk.open(",wipe").await.unwrap();
+    let volume = record("db");
+    driver.create(&volume).await.unwrap();
+    assert!(matches!(disk.open("").await.err().unwrap().kind, ErrorKind::PoolBusy { .. }));
+    drop(driver);
+    for options in ["", ",wipe"] {
+        let driver = disk.open(options).await.unwrap();
+        assert_eq!(driver.scan().await.unwrap().volumes, [(volume.clone(), Vec::new())], "{options}");
+    }
 }

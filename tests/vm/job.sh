@@ -22,7 +22,7 @@ for pool in left=/dev/vdb right=/dev/vdc; do
     zpool create -O mountpoint=none "${pool%%=*}" "${pool#*=}" || exit 100
 done
 
-export FLOCKER_REQUIRE=openzfs,setpriv FLOCKER_TEST_BINARY=$PWD/bin/flocker RUST_BACKTRACE=0
+export FLOCKER_TEST_DISK=/dev/vdd FLOCKER_REQUIRE=openzfs,setpriv FLOCKER_TEST_BINARY=$PWD/bin/flocker RUST_BACKTRACE=0
 suites=()
 
 # suite NAME POOLS FILTER...: starts the tests of an executable whose names hold one of the filters. The suites run side by

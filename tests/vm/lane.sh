@@ -75,4 +75,4 @@ cp "$here/job.sh" "$share/"
 [[ -z ${FLOCKER_VM_FILTER:-} ]] || echo "$FLOCKER_VM_FILTER" >"$share/filter"
 
 processors=$(nproc)
-"$here/run.sh" -c $((processors < 4 ? processors : 4)) -t "$limit_seconds" -m 3072 -d 4G -d 4G "$cache" "$share"
+"$here/run.sh" -c $((processors < 4 ? processors : 4)) -t "$limit_seconds" -m 3072 -d 4G -d 4G -d 256M "$cache" "$share"

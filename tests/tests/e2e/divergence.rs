@@ -300,12 +300,12 @@ fn the_log_draws_both_branches_and_marks_who_holds_what() {
     assert_eq!(alone["hosts"][1]["answer"], "unreachable", "{alone}");
 }
 
-/// The fault points of a resolution, found in the source.
+/// The fault points of a resolution, found in the source, and the one of the snapshot that keeps a head.
 fn points() -> Vec<String> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("node/src/resolve.rs");
     let text = fs::read_to_string(source).unwrap();
     let calls = text.split("fault::point(\"").skip(1).filter_map(|rest| rest.split('"').next());
-    calls.map(str::to_owned).collect()
+    calls.chain(["node.head-kept"]).map(str::to_owned).collect()
 }
 
 #[test]

@@ -82,7 +82,7 @@ fn survives(point: &str) -> bool {
 
     step(0, &["create", "db", "-m", "k=v"]);
     step(0, &["mount", "db"]);
-    let mount = a_mount(&cluster);
+    let mount = a_mount(&cluster, "db");
     write_ordinary_tree(&mount, 90, 1024);
     let [a, b] = cluster.nodes.as_mut_slice() else { unreachable!("two nodes") };
     let mut step = |who: usize, call: &[&str]| deaths += perform(a, b, who, call);
@@ -101,6 +101,12 @@ fn survives(point: &str) -> bool {
     step(0, &["push", "copy@c1", "host-b"]);
     step(0, &["clone", "db@two", "branch"]);
     step(0, &["snapshot", "branch@b1"]);
+    step(0, &["mount", "branch"]);
+    write_random(&a_mount(&cluster, "branch").join("unsaved"), 96, 4096);
+    let [a, b] = cluster.nodes.as_mut_slice() else { unreachable!("two nodes") };
+    let mut step = |who: usize, call: &[&str]| deaths += perform(a, b, who, call);
+    step(0, &["unmount", "branch"]);
+    // What no snapshot of the branch holds is kept first.
     step(0, &["merge", "copy", "branch"]);
     step(0, &["destroy", "branch"]);
     scribble(&mount.join("data.bin"), 92, 20);
@@ -135,8 +141,8 @@ fn survives(point: &str) -> bool {
     deaths > 0
 }
 
-fn a_mount(cluster: &Cluster) -> std::path::PathBuf {
-    cluster.nodes[0].cli(&["inspect", "db"]).ok().json()["mount"]["path"].as_str().expect("it is mounted").into()
+fn a_mount(cluster: &Cluster, volume: &str) -> std::path::PathBuf {
+    cluster.nodes[0].cli(&["inspect", volume]).ok().json()["mount"]["path"].as_str().expect("it is mounted").into()
 }
 
 /// Runs one call to its end, starting again what dies of the fault; returns how many died.

@@ -1,8 +1,8 @@
 //! Places: a dataset of a pool that is there, or a file or block device that holds a pool of its own.
 //!
 //! `DATASET`, or `PATH[,size=20G][,wipe]`: a file that does not exist is made with this size; a file or device that holds
-//! something is made a pool only with `wipe`, and a pool of flocker never. What this module imported it exports again,
-//! unless somebody uses it. Refuses to know what lies in the dataset.
+//! something is made a pool only with `wipe`, and a pool of flocker never. The pools made here are imported and exported
+//! here, somebody else's never. Refuses to know what lies in the dataset.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -16,7 +16,6 @@ use uuid::Uuid;
 use super::{
     listing,
     program::{Class, Programs, Trouble},
-    property,
 };
 use crate::{
     command,
@@ -25,6 +24,9 @@ use crate::{
 };
 
 const OPERATION: &str = "open pool";
+
+/// What the names of the pools begin with that are made here. Only such pools are imported and exported.
+const PREFIX: &str = "flocker-";
 
 /// How much of the beginning of a device must be zero for it to count as empty.
 const LOOK_BYTES: usize = 1024 * 1024;
@@ -136,30 +138,34 @@ fn pool_guid(pool: &str) -> std::result::Result<u64, String> {
 
 impl Container {
     fn open(&self, spec: &PoolSpec, programs: &Programs) -> Result<Place> {
-        let unusable = |why: String| unusable(spec, why);
-        let failed = |error: Trouble| unusable(error.error.to_string());
-        let found = self.labels(programs);
-        let (name, import) = match found.first() {
-            Some((_, name, guid)) if self.is_imported(programs, name, *guid) => (name.clone(), false),
-            Some((path, name, guid)) => {
-                let dir = path.parent().unwrap_or(Path::new("/"));
-                let guid = guid.to_string();
-                let words = ["import", "-o", "cachefile=none", "-d"].map(AsRef::as_ref);
-                let arguments: Vec<_> = words.into_iter().chain([dir.as_os_str(), guid.as_ref()]).collect();
-                programs.run("zpool", &arguments).map_err(failed)?;
-                (name.clone(), true)
-            }
-            None => (self.create(spec, programs)?, true),
+        let place = |name: String| Place { dataset: name.clone(), export: Some(name) };
+        let Some((path, name, guid)) = self.labels(programs).into_iter().next() else {
+            return self.create(spec, programs).map(place);
         };
-        let _ = import;
-        let place = Place { dataset: name.clone(), export: Some(name) };
-        // The option may stand in a configuration for good: what is a pool of flocker is never made anew.
-        if self.wipe && !found.is_empty() && !is_flockers(programs, &place.dataset) {
-            drop(place);
-            let name = self.create(spec, programs)?;
-            return Ok(Place { dataset: name.clone(), export: Some(name) });
+        let is_imported = self.is_imported(programs, &name, guid);
+        if !name.starts_with(PREFIX) {
+            // It is not even imported to be looked at: that would mount what lies in it.
+            return match (is_imported, self.wipe) {
+                (true, _) => Err(unusable(
+                    spec,
+                    format!("it is in use by the pool {name}; name a dataset of that instead, as in zfs:{name}/flocker"),
+                )),
+                (false, false) => Err(unusable(
+                    spec,
+                    format!("it holds the pool {name}; import that and name a dataset of it, or add ,wipe to overwrite all of it"),
+                )),
+                (false, true) => self.create(spec, programs).map(place),
+            };
         }
-        Ok(place)
+        if !is_imported {
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            let guid = guid.to_string();
+            let words = ["import", "-o", "cachefile=none", "-d"].map(AsRef::as_ref);
+            let arguments: Vec<_> = words.into_iter().chain([dir.as_os_str(), guid.as_ref()]).collect();
+            let imported = programs.run("zpool", &arguments);
+            imported.map_err(|trouble: Trouble| unusable(spec, trouble.error.to_string()))?;
+        }
+        Ok(place(name))
     }
 
     /// Looks for the label of a pool: on the device, or on the partition that zpool(8) makes of a whole disk.
@@ -225,7 +231,7 @@ impl Container {
             file.set_len(size).map_err(failed)?;
         }
         drop(file);
-        let name = format!("flocker-{}", &Uuid::new_v4().simple().to_string()[..12]);
+        let name = format!("{PREFIX}{}", &Uuid::new_v4().simple().to_string()[..12]);
         let mut arguments = vec!["create"];
         if self.wipe {
             arguments.push("-f");
@@ -237,13 +243,6 @@ impl Container {
         programs.run("zpool", &arguments).map_err(|trouble| unusable(trouble.error.to_string()))?;
         Ok(name)
     }
-}
-
-/// Tells whether a dataset bears the mark of a pool.
-pub(super) fn is_flockers(programs: &Programs, dataset: &str) -> bool {
-    let name = property::name("pool");
-    let output = programs.zfs(&["get", "-Hp", "-s", "local", "-o", listing::FIELDS, &name, dataset]);
-    output.is_ok_and(|output| !listing::parse(&output).is_empty())
 }
 
 /// Tells whether a dataset is there.
