@@ -148,11 +148,15 @@ impl Container {
             return match (is_imported, self.wipe) {
                 (true, _) => Err(unusable(
                     spec,
-                    format!("it is in use by the pool {name}; name a dataset of that instead, as in zfs:{name}/flocker"),
+                    format!(
+                        "it is in use by the pool {name}; name a dataset of that instead, as in zfs:{name}/flocker"
+                    ),
                 )),
                 (false, false) => Err(unusable(
                     spec,
-                    format!("it holds the pool {name}; import that and name a dataset of it, or add ,wipe to overwrite all of it"),
+                    format!(
+                        "it holds the pool {name}; import that and name a dataset of it, or add ,wipe to overwrite all of it"
+                    ),
                 )),
                 (false, true) => self.create(spec, programs).map(place),
             };
