@@ -8,10 +8,10 @@ use std::io::{self, IsTerminal as _, Write as _};
 use clap::ValueEnum;
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 use flocker_node::api::{
-    client::{HeadState, Metadata},
+    client::{HeadState, Metadata, Role},
     types::{
-        Direction, MountKind, NodeResource, PeerResource, PoolResource, SnapshotResource, TransferResource,
-        TransferState, VolumeResource,
+        Direction, MountKind, NodeResource, PeerPosition, PeerResource, PoolResource, SnapshotResource,
+        TransferResource, TransferState, VolumeResource,
     },
 };
 use jiff::{Timestamp, Unit};
@@ -218,15 +218,31 @@ pub(crate) fn volume(volume: &VolumeResource, now: Timestamp) -> String {
     let tip = volume.tip.as_ref().map(|tip| {
         format!("{}@{}, {}, {}", tip.volume, tip.name, relative(tip.created, now), human_bytes(tip.logical_bytes))
     });
+    let role = match &volume.primary {
+        Some(primary) if volume.role == Role::Replica => {
+            format!("replica of {primary} (epoch {})", volume.epoch)
+        }
+        _ => format!("{} (epoch {})", volume.role, volume.epoch),
+    };
+    let handing_over = volume.handing_over_to.as_ref().map(|peer| format!("{peer}, which has not answered yet"));
+    let position = |peer: &PeerPosition| match (&peer.common, peer.behind) {
+        (Some(common), Some(0)) => format!("{} has {common}, the newest", peer.host),
+        (Some(common), Some(behind)) => format!("{} has {common}, {behind} behind", peer.host),
+        _ => format!("{} has one that is not here any more", peer.host),
+    };
+    let peers = volume.peers.iter().map(position).collect::<Vec<_>>().join("; ");
     facts(&[
         ("name", Some(volume.name.to_string())),
         ("id", Some(volume.id.to_string())),
-        ("role", Some(format!("{} (epoch {})", volume.role, volume.epoch))),
+        ("role", Some(role)),
+        ("handing to", handing_over),
         ("created", Some(exact(volume.created, now))),
         ("origin", origin.map(|o| o.name.clone().unwrap_or_else(|| format!("{} {}", o.volume_id, o.snapshot_id)))),
         ("snapshots", Some(volume.snapshots.to_string())),
         ("newest", tip),
         ("head", head),
+        ("peers", (!peers.is_empty()).then_some(peers)),
+        ("warning", (!volume.warnings.is_empty()).then(|| volume.warnings.join("; "))),
         ("mounted at", mount),
         ("quota", volume.quota_bytes.map(human_bytes)),
         ("metadata", some_words(&volume.metadata)),
@@ -410,6 +426,7 @@ mod tests {
         let value = json!({"id": "018f0000-0000-7000-8000-000000000001", "name": "db", "metadata": {},
             "created": "2026-02-27T12:00:00Z", "origin": null, "role": "primary", "epoch": 1, "quota_bytes": null,
             "snapshots": 2, "tip": a_snapshot(), "head": "dirty",
+            "peers": [{"host": "host-b", "common": "one", "behind": 1}, {"host": "host-c", "common": "two", "behind": 0}],
             "mount": {"volume": "db", "path": "/m/db", "read_only": false, "kind": "bind"}});
         serde_json::from_value(value).unwrap()
     }
@@ -461,6 +478,7 @@ mod tests {
              snapshots:  2\n\
              newest:     db@two, 3 minutes ago, 3.2 MiB\n\
              head:       dirty: has changes that no snapshot holds\n\
+             peers:      host-b has one, 1 behind; host-c has two, the newest\n\
              mounted at: /m/db (bind mount, read-write)\n"
         );
     }

@@ -29,8 +29,10 @@ use crate::{
     api::types::{ApiProblem, NodeResource, PoolResource},
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths, WIPE_IS_NOT_KEPT},
+    handoff::HandOffs,
     inbox::Inbox,
     mounts::{Mounts, symlink_note},
+    ownership::Superseded,
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
     push::Streams,
@@ -116,6 +118,8 @@ pub(crate) struct Node {
     pub(crate) transfers: Transfers,
     pub(crate) streams: Streams,
     pub(crate) inbox: Inbox,
+    pub(crate) handoffs: HandOffs,
+    pub(crate) superseded: Superseded,
     pub(crate) endpoint: Endpoint,
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
@@ -282,6 +286,8 @@ impl Node {
             transfers,
             streams: Streams::default(),
             inbox: Inbox::default(),
+            handoffs: HandOffs::default(),
+            superseded: Superseded::default(),
             endpoint,
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
@@ -348,6 +354,8 @@ impl Node {
         self.tasks.spawn(self.clone().keep_members_in_sync());
         self.tasks.spawn(self.clone().tidy());
         self.resume_transfers();
+        self.settle_handoffs();
+        self.tasks.spawn(self.clone().follow_newer_primaries());
         services
     }
 

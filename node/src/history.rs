@@ -10,12 +10,14 @@ use std::{
 };
 
 use flocker_replication::message::{Describe, Description, Message, PROTOCOL};
-use flocker_storage::model::{HeldSnapshot, NodeName, SnapshotId, VolumeId, VolumeName};
+use flocker_storage::model::{HeldSnapshot, Host, NodeName, SnapshotId, VolumeId, VolumeName};
 use flocker_transport::{CloseCode, NO_PROGRESS};
 use tokio::task::JoinSet;
 
 use crate::{
-    api::types::{ApiProblem, HistoryEdge, HistoryHost, HistoryNode, HistoryPlace, HistoryResource, HostAnswer},
+    api::types::{
+        ApiProblem, HistoryEdge, HistoryHost, HistoryNode, HistoryPlace, HistoryResource, HostAnswer, PeerPosition,
+    },
     catalog::Volume,
     daemon::Node,
     line::Line,
@@ -111,6 +113,30 @@ impl Node {
         })
     }
 
+    /// Remembers that a peer holds a snapshot of a volume, too.
+    pub(crate) async fn note_common(&self, volume: VolumeId, peer: &Host, snapshot: SnapshotId) -> Result<()> {
+        Ok(self.state.put_common(volume, peer.id.to_string(), snapshot).await?)
+    }
+
+    /// Tells how far the peers were with a volume, as far as this node knows without asking.
+    pub(crate) async fn known_positions(&self, volume: &Volume) -> Result<Vec<PeerPosition>> {
+        let names: BTreeMap<String, NodeName> =
+            self.peer_resources().into_iter().map(|peer| (peer.id, peer.name)).collect();
+        let snapshots = &volume.snapshots;
+        let commons = self.state.commons(volume.record.id).await?.into_iter();
+        let positions = commons.filter_map(|(peer, snapshot)| {
+            let at = snapshots.iter().position(|held| held.snapshot.id == snapshot);
+            Some(PeerPosition {
+                host: names.get(&peer)?.clone(),
+                common: at.map(|at| snapshots[at].snapshot.name.clone()),
+                behind: at.map(|at| (snapshots.len() - at - 1) as u64),
+            })
+        });
+        let mut positions: Vec<PeerPosition> = positions.collect();
+        positions.sort_by(|a, b| a.host.cmp(&b.host));
+        Ok(positions)
+    }
+
     /// Finds the volumes here that share a part of a volume's history, by their origins.
     fn relatives(&self, id: VolumeId) -> Vec<Volume> {
         let all = self.catalog.volumes();
@@ -130,7 +156,7 @@ impl Node {
     }
 
     /// Asks all peers at once for their volume of a name; `None` where a peer says that it has none.
-    async fn describe_at_peers(
+    pub(crate) async fn describe_at_peers(
         self: &Arc<Self>,
         name: &VolumeName,
     ) -> Vec<(NodeName, std::result::Result<Option<Description>, ApiProblem>)> {
@@ -156,7 +182,12 @@ impl Node {
         answers
     }
 
-    async fn describe_at(&self, row: PeerRow, name: &VolumeName) -> std::result::Result<Description, Failure> {
+    /// Asks one peer for its volume of a name.
+    pub(crate) async fn describe_at(
+        &self,
+        row: PeerRow,
+        name: &VolumeName,
+    ) -> std::result::Result<Description, Failure> {
         let connection = self.connect(&row, PUSH_ALPN).await?;
         let mut line = Line::open(row.name, &connection).await?;
         line.send(&Message::Describe(Describe { protocol: PROTOCOL, volume: name.clone() })).await?;

@@ -9,7 +9,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use flocker_storage::{
@@ -68,6 +68,7 @@ impl Node {
     pub(crate) async fn mount(&self, name: &VolumeName, request: MountVolume) -> Result<MountResource> {
         let (volume, _guard) = self.catalog.claim(name).await?;
         let access = self.allowed_access(&volume, request.access)?;
+        self.handoffs.check_settled(&volume)?;
         let own_place = self.paths.mounts().join(name.as_str());
         let path = request.path.map_or(own_place, PathBuf::from);
         if !path.is_absolute() {
@@ -131,7 +132,7 @@ impl Node {
     }
 
     /// Unmounts a volume.
-    pub(crate) async fn unmount(&self, name: &VolumeName) -> Result<()> {
+    pub(crate) async fn unmount(&self, name: &VolumeName) -> Result<VolumeId> {
         let (volume, _guard) = self.catalog.claim(name).await?;
         let Some(row) = self.mounts.of(volume.record.id) else {
             return Err(problem(409, "not_mounted", format!("volume {name} is not mounted")));
@@ -146,17 +147,26 @@ impl Node {
         self.state.remove_mount(row.volume).await?;
         self.mounts.lock().remove(&row.volume);
         self.driver.detach(Target::Head(row.volume)).await?;
-        Ok(())
+        Ok(row.volume)
     }
 
     /// Takes over what is mounted already and mounts again what should be (after a reboot, or a crash in `mount`).
-    pub(crate) async fn restore_mounts(&self) -> Result<()> {
-        for row in self.state.mounts().await? {
+    pub(crate) async fn restore_mounts(self: &Arc<Self>) -> Result<()> {
+        let rows = self.state.mounts().await?;
+        if rows.iter().any(|row| !row.read_only && !is_present(row)) {
+            self.look_before_mounting().await;
+        }
+        for row in rows {
             let Some(volume) = self.catalog.get(row.volume) else {
                 tracing::warn!(volume = %row.volume, path = row.path, "a mounted volume is not in the pool any more");
                 self.state.remove_mount(row.volume).await?;
                 continue;
             };
+            if !row.read_only && !is_present(&row) && self.superseded.holds(row.volume) {
+                tracing::warn!(volume = %volume.record.name, path = row.path, "not mounted again: another node is the primary now");
+                self.state.remove_mount(row.volume).await?;
+                continue;
+            }
             if let Err(error) = self.restore_mount(&row).await {
                 tracing::error!(volume = %volume.record.name, path = row.path, "cannot mount again: {error}");
             }
@@ -168,13 +178,9 @@ impl Node {
     async fn restore_mount(&self, row: &MountRow) -> Result<()> {
         let access = if row.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let path = PathBuf::from(&row.path);
-        let present = match row.kind {
-            MountKind::Bind => mount_points().contains(&path),
-            MountKind::Symlink => fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink()),
-        };
         let source = self.driver.attach(Target::Head(row.volume), access).await?;
         let kind = row.kind;
-        if !present {
+        if !is_present(row) {
             let shown = path.clone();
             blocking(move || appear(&source, &path, kind, access)).await.map_err(|e| mount_failed(&shown, &e))?;
         }
@@ -220,10 +226,12 @@ impl Node {
 /// The volume's head may not be written here.
 pub(crate) fn read_only_replica(volume: &Volume, what: &str) -> ApiProblem {
     let name = &volume.record.name;
-    problem(409, "read_only_replica", format!("cannot {what} {name}: it is a replica, its primary is another node"))
-        .hint(format!(
+    let primary = volume.record.primary.as_ref().map_or("another node", |host| host.name.as_str());
+    problem(409, "read_only_replica", format!("cannot {what} {name}: it is a replica, its primary is {primary}")).hint(
+        format!(
             "`flocker promote {name}` makes it writable here; `flocker clone {name}@SNAPSHOT NEW` makes a writable copy"
-        ))
+        ),
+    )
 }
 
 fn mount_failed(path: &Path, error: &io::Error) -> ApiProblem {
@@ -280,6 +288,15 @@ fn disappear(path: &Path, kind: MountKind, own: &Path) -> io::Result<()> {
         let _ = fs::remove_dir(path);
     }
     Ok(())
+}
+
+/// Tells whether a mount that is remembered is there.
+fn is_present(row: &MountRow) -> bool {
+    let path = Path::new(&row.path);
+    match row.kind {
+        MountKind::Bind => mount_points().iter().any(|point| point == path),
+        MountKind::Symlink => fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()),
+    }
 }
 
 /// Lists the mount points this process sees (proc_pid_mountinfo(5): the fifth field, blanks as octal escapes).

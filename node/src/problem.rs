@@ -173,6 +173,7 @@ pub(crate) fn to_peer(error: &ApiProblem) -> Problem {
         "tampered" => ProblemCode::Tampered,
         "resume_stale" => ProblemCode::ResumeStale,
         FORMAT_UNFIT => ProblemCode::FormatUnfit,
+        "handoff_refused" => ProblemCode::HandOffRefused,
         "shutting_down" => ProblemCode::ShuttingDown,
         _ => ProblemCode::Internal,
     };

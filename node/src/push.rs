@@ -119,7 +119,7 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
     {
         let _guard = node.catalog.work_on(volume.record.id).await;
         if node.driver.head_state(volume.record.id).await.map_err(problem_of)? == HeadState::Dirty {
-            node.keep_head(&mut volume).await?;
+            node.keep_head(&mut volume, "before").await?;
         }
     }
     let lineage = node.driver.lineage(volume.record.id).await.map_err(problem_of)?;
@@ -200,6 +200,9 @@ pub(crate) async fn send(
         (outcome, steps) = compare(node, sending, &beside, &lineage, &formats, &answer)?;
     }
     let arrived_before = resolving && outcome.verdict == Verdict::UpToDate;
+    if outcome.verdict == Verdict::UpToDate {
+        node.note_common(sending.volume.record.id, &answer.receiver, sending.want).await?;
+    }
     if (steps.is_empty() && !arrived_before) || sending.mode == Mode::DryRun {
         line.send(&Message::Conclude(Box::new(outcome.clone()))).await?;
     } else {
@@ -208,11 +211,7 @@ pub(crate) async fn send(
         }
         for (number, step) in (0_u32..).zip(&steps) {
             send_step(node, line, sending, job, number, step, &lineage, &answer).await?;
-            let peer = answer.receiver.id.to_string();
-            node.state
-                .put_common(sending.volume.record.id, peer, step.snapshot.snapshot.id)
-                .await
-                .map_err(crate::api::types::ApiProblem::from)?;
+            node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
         }
         line.send(&Message::Finish).await?;
     }

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use flocker_certs::PeerIdentity;
 use flocker_replication::{
     binding::{self, Binding},
+    divergence::{self, Receiver, Relation},
     inbound::{Inbound, Next},
     message::{
         Answer, BeginStep, Description, Message, Mode, Offer, PROTOCOL, Problem, ProblemCode, PullRequest, StepDone,
@@ -38,10 +39,11 @@ use crate::{
     daemon::Node,
     inbox::{Claim, Open, Parked},
     line::Line,
+    ownership::Follows,
     peers::linger,
     problem::{self, problem},
     push::{self, COMMIT_TIMEOUT, Sending},
-    resolve::{Concluded, Resolving},
+    resolve::{Concluded, Resolving, further_names},
     transfers::{Failure, Job},
 };
 
@@ -108,6 +110,16 @@ impl Replication {
                 node.check_right(&peer, &request.volume, Verb::Read)?;
                 let description = describe(node, &request.volume).await?;
                 line.send(&Message::Description(Box::new(description))).await
+            }
+            Message::TakeOver(request) => {
+                check_protocol(request.protocol)?;
+                node.check_right(&peer, &node.name_here(&request), Verb::Push)?;
+                let taken = node.take_over(&request, &line.peer).await?;
+                line.send(&Message::TakenOver(taken)).await
+            }
+            Message::AskClaims(request) => {
+                check_protocol(request.protocol)?;
+                line.send(&Message::Claims(node.claims_of(&request.volumes, &peer))).await
             }
             other => Err(line.broke(format!("it opened with {}", other.kind())).into()),
         }
@@ -192,13 +204,11 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                 last = Some(held);
             }
             Message::Resolve(_) if claim.is_none() && resolving.is_none() => {
-                let begun = Resolving::begin(node, &receipt.offer, &bound, receipt.pusher.as_ref())?;
+                let mut begun = Resolving::begin(node, &receipt.offer, &bound, receipt.pusher.as_ref())?;
                 if begun.at_once {
                     return resolved(node, line, &receipt, begun, lands_in, None).await;
                 }
-                receipt.offer.name = begun.beside.clone();
-                let (mut beside, name_taken) = answer(node, &receipt).await?;
-                begun.narrow(&bound.lineage, &mut beside);
+                let (beside, name_taken) = place_beside(node, &mut receipt, &mut begun, &bound.lineage).await?;
                 taken = name_taken;
                 inbound = Inbound::new(&receipt.offer, &beside);
                 line.send(&Message::Answer(Box::new(beside.clone()))).await?;
@@ -224,6 +234,28 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                 };
             }
             other => return Err(line.broke(format!("{} where a step begins", other.kind())).into()),
+        }
+    }
+}
+
+/// Finds where an incoming history lands beside the receiver's: under its own name, or, where the volume of that name has gone
+/// another way since, under a further one.
+async fn place_beside(
+    node: &Node,
+    receipt: &mut Receipt,
+    resolving: &mut Resolving,
+    bound: &Lineage,
+) -> Result<(Answer, bool), Failure> {
+    let mut names = further_names(&resolving.beside);
+    loop {
+        receipt.offer.name = resolving.beside.clone();
+        let (mut beside, taken) = answer(node, receipt).await?;
+        resolving.narrow(bound, &mut beside);
+        let relation = divergence::compare(&receipt.offer.lineage, &Receiver::from(&beside), receipt.offer.want);
+        let fits = matches!(relation, Ok(Relation::UpToDate | Relation::FastForward { .. } | Relation::Behind { .. }));
+        match names.next() {
+            Some(next) if !fits => resolving.beside = next,
+            _ => return Ok((beside, taken)),
         }
     }
 }
@@ -343,6 +375,7 @@ async fn receive_step(
     }
     let findings = open.receiving.take_findings();
     let held = publish(node, receipt, volume, begin.base, open.receiving).await?;
+    node.note_common(volume, &receipt.offer.sender, held.snapshot.id).await?;
     line.remark(receipt.job.as_ref(), findings).await?;
     if let Some(job) = &receipt.job {
         job.step_done();
@@ -377,7 +410,7 @@ async fn publish(
     let _guard = node.catalog.work_on(volume).await;
     let known = node.catalog.get(volume);
     if let Some(known) = &known {
-        node.make_replica(known, &receipt.offer.volume).await?;
+        node.follow(known, &Follows::of(&receipt.offer)).await?;
     }
     let name = &receipt.offer.name;
     let _reserved = match &known {
@@ -455,6 +488,7 @@ fn new_record(node: &Node, receipt: &Receipt, volume: VolumeId, base: Option<Sna
         origin: base.filter(|base| base.volume != volume),
         role: Role::Replica,
         epoch: offered.epoch,
+        primary: Follows::of(&receipt.offer).primary,
         quota_bytes: offered.quota_bytes.filter(|_| node.driver.capabilities().quota),
     }
 }
@@ -548,7 +582,7 @@ impl Node {
         mounted.unwrap_or_else(|| error.into())
     }
 
-    /// Refuses before any byte flows what [`Node::make_replica`] would refuse after the last one.
+    /// Refuses before any byte flows what [`Node::follow`] would refuse after the last one.
     fn check_replaceable(&self, volume: VolumeId) -> Result<(), Failure> {
         let Some(known) = self.catalog.get(volume) else { return Ok(()) };
         // A replica's mount shows a snapshot, and goes on showing it; where there is none it shows the head itself.
@@ -561,21 +595,23 @@ impl Node {
 
     /// Prepares an existing volume for the next snapshot of a history that comes from elsewhere: nobody may be using
     /// its head, and the head must hold nothing of its own. Then the volume follows its sender.
-    async fn make_replica(&self, known: &Volume, sender: &VolumeRecord) -> Result<(), Failure> {
+    async fn follow(&self, known: &Volume, sender: &Follows) -> Result<(), Failure> {
         let id = known.record.id;
-        if known.record.role == Role::Replica {
+        if known.record.role == Role::Replica && !sender.is_news_to(&known.record) {
             return Ok(());
+        }
+        if known.record.role == Role::Replica {
+            return Ok(self.set_record_of(known, sender.replica(&known.record)).await?);
         }
         self.check_unmounted(known, "replace the contents of")?;
         if self.driver.head_state(id).await.map_err(ApiProblem::from)? == HeadState::Dirty {
             let detail = format!("the head of {} has changes of its own", known.record.name);
             return Err(problem(409, "dirty", detail).into());
         }
-        let mut record = known.record.clone();
-        record.role = Role::Replica;
-        record.epoch = record.epoch.max(sender.epoch);
-        self.driver.set_record(&record).await.map_err(ApiProblem::from)?;
-        self.catalog.put(Volume { record, snapshots: known.snapshots.clone() });
-        Ok(())
+        Ok(self.set_record_of(known, sender.replica(&known.record)).await?)
+    }
+
+    async fn set_record_of(&self, known: &Volume, record: VolumeRecord) -> Result<(), ApiProblem> {
+        self.set_record(Volume { record, snapshots: known.snapshots.clone() }).await.map(drop)
     }
 }

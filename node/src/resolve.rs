@@ -41,6 +41,7 @@ use crate::{
     catalog::Volume,
     config::Verb,
     daemon::Node,
+    ownership::Follows,
     problem::{self, Result, problem},
     state::Operation,
     transfers::Failure,
@@ -181,6 +182,12 @@ fn compare(offer: &Offer, answer: &Answer, direction: Direction) -> std::result:
     }
 }
 
+/// Returns the names that are tried where a fork's own name is taken by something else.
+pub(crate) fn further_names(name: &VolumeName) -> impl Iterator<Item = VolumeName> + use<> {
+    let name = name.clone();
+    (2..NAMES_TRIED).filter_map(move |number| format!("{:.120}.{number}", name.as_str()).parse().ok())
+}
+
 fn nothing_to_go_back_to(name: &VolumeName) -> ApiProblem {
     problem(
         409,
@@ -200,8 +207,8 @@ pub(crate) struct Adoption {
     fork: VolumeRecord,
     /// Where the incoming history lies; `None` where the volume holds it already.
     incoming: Option<VolumeId>,
-    /// The sender's epoch.
-    epoch: u64,
+    /// Whom the volume follows from then on.
+    follows: Follows,
 }
 
 /// Two volumes get new names, in this order.
@@ -226,7 +233,7 @@ impl Node {
         let mut known = self.catalog.get(id).ok_or_else(|| problem::volume_not_found(&resolving.volume.name))?;
         self.check_replacing(&known)?;
         if self.driver.head_state(id).await.map_err(ApiProblem::from)? == HeadState::Dirty {
-            self.keep_head(&mut known).await?;
+            self.keep_head(&mut known, "before").await?;
         }
         let lineage = self.driver.lineage(id).await.map_err(ApiProblem::from)?;
         let receiver = Receiver {
@@ -271,9 +278,10 @@ impl Node {
             origin: Some(keep),
             role: known.record.role,
             epoch: known.record.epoch,
+            primary: known.record.primary.clone(),
             quota_bytes: known.record.quota_bytes,
         };
-        let adoption = Adoption { volume: id, keep: keep.snapshot, fork, incoming, epoch: offer.volume.epoch };
+        let adoption = Adoption { volume: id, keep: keep.snapshot, fork, incoming, follows: Follows::of(offer) };
         self.adopt(adoption).await?;
         drop(guard);
         tracing::info!(volume = %known.record.name, kept = %name, "goes on with the history of {}", offer.sender.name);
@@ -332,8 +340,7 @@ impl Node {
         let is_free = |name: &VolumeName| {
             self.catalog.find(name).is_err() && self.catalog.get(binding::sibling(record.id, name)).is_none()
         };
-        let further = (2..NAMES_TRIED).filter_map(|number| format!("{:.120}.{number}", name.as_str()).parse().ok());
-        let mut names = std::iter::once(name.clone()).chain(further);
+        let mut names = std::iter::once(name.clone()).chain(further_names(&name));
         names.find(|name| is_free(name)).ok_or_else(|| problem::volume_exists(&name))
     }
 
@@ -364,7 +371,7 @@ impl Node {
             self.catalog.split(keep, Some(adoption.fork.clone()));
         }
         fault::point("adopt.split");
-        let record = VolumeRecord { role: Role::Replica, epoch: record.epoch.max(adoption.epoch), ..record.clone() };
+        let record = adoption.follows.replica(record);
         self.driver.set_record(&record).await?;
         fault::point("adopt.follows");
         if let Some(incoming) = adoption.incoming.filter(|incoming| held(*incoming).is_some()) {

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::types::{MountKind, StartTransfer, TransferResource, TransferState},
+    handoff::HandOff,
     resolve::{Adoption, Renaming},
 };
 
@@ -62,7 +63,7 @@ pub(crate) struct PeerRow {
 }
 
 /// A mount as remembered.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MountRow {
     /// The volume.
     pub(crate) volume: VolumeId,
@@ -102,6 +103,8 @@ pub(crate) enum Operation {
         /// The snapshot that it makes.
         snapshot: SnapshotId,
     },
+    /// The volume is handed over to a peer.
+    HandOff(Box<HandOff>),
 }
 
 /// The state database. Cheap to clone; calls are short and run on the blocking pool.
@@ -355,6 +358,24 @@ impl State {
                 }
             }
             Ok(operations)
+        })
+        .await
+    }
+
+    /// Lists what [`State::put_common`] recorded of a volume: peers, and the snapshots they hold.
+    pub(crate) async fn commons(&self, volume: VolumeId) -> Result<Vec<(String, SnapshotId)>> {
+        self.call("list common snapshots", move |db| {
+            let mut query = db.prepare("SELECT peer, snapshot FROM commons WHERE volume = ?1 ORDER BY peer")?;
+            let rows = query
+                .query_map([volume.to_string()], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+            let mut commons = Vec::new();
+            for row in rows {
+                let (peer, snapshot) = row?;
+                if let Ok(snapshot) = snapshot.parse() {
+                    commons.push((peer, snapshot));
+                }
+            }
+            Ok(commons)
         })
         .await
     }

@@ -85,6 +85,8 @@ pub(crate) struct Job {
     pub(crate) cancel: CancellationToken,
     /// A format of the drivers' own did not fit: what is left goes in the portable one.
     portable: AtomicBool,
+    /// Cancelled once the transfer has ended.
+    pub(crate) over: CancellationToken,
     /// Asked for again: no more pause.
     poke: Notify,
     status: Mutex<Status>,
@@ -113,6 +115,7 @@ impl Job {
             request,
             cancel: CancellationToken::new(),
             portable: AtomicBool::new(false),
+            over: CancellationToken::new(),
             poke: Notify::new(),
             status: Mutex::new(Status {
                 // A transfer found in the database had met its peer, or could not have been interrupted.
@@ -234,6 +237,8 @@ impl Job {
         status.resource.progress.rate_bytes_per_second = 0;
         if state.is_final() {
             status.resource.finished = Some(clock::now());
+            drop(status);
+            self.over.cancel();
         }
     }
 }

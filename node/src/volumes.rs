@@ -1,7 +1,8 @@
-//! The verbs of the minimal API on this node's pool: list, create, destroy, set, rollback, promote; snapshots; clones.
+//! The verbs of the minimal API on this node's pool: list, create, destroy, set, rollback; snapshots; clones.
 //!
 //! Owns what must hold before a driver is called (names free, nothing mounted, nobody sending) and the catalogue's
-//! refresh after. Refuses to know peers. Neighbours: [`crate::mounts`], [`crate::catalog`].
+//! refresh after. Refuses to know peers. Neighbours: [`crate::mounts`], [`crate::catalog`], and
+//! [`crate::ownership`] for who may write.
 
 use flocker_storage::{
     clock,
@@ -47,10 +48,14 @@ impl Node {
             origin,
             role: record.role,
             epoch: record.epoch,
+            primary: record.primary.map(|host| host.name),
+            handing_over_to: self.handoffs.peer_of(record.id),
             quota_bytes: record.quota_bytes,
             snapshots: volume.snapshots.len() as u64,
             tip,
             head: None,
+            peers: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -65,7 +70,9 @@ impl Node {
     pub(crate) async fn inspect(&self, name: &VolumeName) -> Result<VolumeResource> {
         let volume = self.catalog.find(name)?;
         let head = self.driver.head_state(volume.record.id).await?;
-        Ok(VolumeResource { head: Some(head), ..self.volume_resource(&volume) })
+        let peers = self.known_positions(&volume).await?;
+        let warnings = self.superseded.warning(volume.record.id).into_iter().collect();
+        Ok(VolumeResource { head: Some(head), peers, warnings, ..self.volume_resource(&volume) })
     }
 
     /// Creates an empty volume.
@@ -80,6 +87,7 @@ impl Node {
             origin: None,
             role: Role::Primary,
             epoch: 0,
+            primary: Some(self.host()),
             quota_bytes: request.quota_bytes,
         };
         self.driver.create(&record).await?;
@@ -101,7 +109,8 @@ impl Node {
         self.set_record(volume).await
     }
 
-    async fn set_record(&self, volume: Volume) -> Result<VolumeResource> {
+    /// Writes a volume's record.
+    pub(crate) async fn set_record(&self, volume: Volume) -> Result<VolumeResource> {
         self.driver.set_record(&volume.record).await?;
         self.catalog.put(volume.clone());
         Ok(self.volume_resource(&volume))
@@ -143,10 +152,11 @@ impl Node {
         Ok(SnapshotResource { warnings: report.warnings, ..snapshot_resource(name, &report.held) })
     }
 
-    /// Takes a snapshot of a head whose changes no snapshot holds, before something else takes its place.
-    pub(crate) async fn keep_head(&self, known: &mut Volume) -> Result<HeldSnapshot> {
+    /// Takes a snapshot of a head whose changes no snapshot holds, before something else takes its place. Its name
+    /// begins with `before`.
+    pub(crate) async fn keep_head(&self, known: &mut Volume, before: &str) -> Result<HeldSnapshot> {
         let id = SnapshotId::mint();
-        let name = format!("before-{}", id.short()).parse()?;
+        let name = format!("{before}-{}", id.short()).parse()?;
         let report = self.take(known, id, name, Metadata::default(), Compare::Metadata).await?;
         known.snapshots.push(report.held.clone());
         fault::point("node.head-kept");
@@ -208,6 +218,7 @@ impl Node {
             origin: Some(volume.snapshot(&from.snapshot)?.key()),
             role: Role::Primary,
             epoch: 0,
+            primary: Some(self.host()),
             quota_bytes: None,
         };
         Driver::clone_from(&*self.driver, &record).await?;
@@ -225,19 +236,6 @@ impl Node {
         let key = self.catalog.find(&wanted.volume)?.snapshot(&wanted.snapshot)?.key();
         let findings = self.driver.verify(key, compare).await?;
         Ok(Verification { snapshot: wanted.to_string(), compare, findings })
-    }
-
-    /// Makes a replica writable here, in a new epoch.
-    pub(crate) async fn promote(&self, name: &VolumeName) -> Result<VolumeResource> {
-        let (mut volume, _guard) = self.catalog.claim(name).await?;
-        if volume.record.role == Role::Primary {
-            return Ok(self.volume_resource(&volume));
-        }
-        self.check_unmounted(&volume, "promote")?;
-        self.inbox.check_quiet(&volume, "promote")?;
-        volume.record.role = Role::Primary;
-        volume.record.epoch += 1;
-        self.set_record(volume).await
     }
 
     /// Puts a volume back to one of its own snapshots. Newer snapshots, and changes in the head that no snapshot holds,
@@ -281,6 +279,7 @@ impl Node {
             origin: Some(keep),
             role: Role::Primary,
             epoch: 0,
+            primary: Some(self.host()),
             quota_bytes: volume.record.quota_bytes,
         };
         self.driver.split(keep, &fork).await?;
@@ -306,6 +305,7 @@ impl Node {
             origin: Some(keep),
             role: Role::Primary,
             epoch: 0,
+            primary: Some(self.host()),
             quota_bytes: None,
         };
         let operation = fork.id.to_string();
@@ -333,6 +333,12 @@ impl Node {
                 Operation::Adopt(adoption) => self.carry_out(adoption).await,
                 Operation::Rename(renaming) => self.carry_out_renaming(renaming).await,
                 Operation::Merge { volume, snapshot } => self.finish_merge(*volume, *snapshot).await,
+                // What was asked of a peer is settled with it, once the node serves.
+                Operation::HandOff(handoff) if handoff.asked => {
+                    self.handoffs.insert((**handoff).clone());
+                    continue;
+                }
+                Operation::HandOff(handoff) => self.take_back_unasked(handoff).await,
             };
             match done {
                 Ok(()) => self.state.end(id).await?,

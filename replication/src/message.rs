@@ -15,6 +15,7 @@
 //! | sender, where histories have gone apart and the policy says so | [`Message::Resolve`] | [`Answer`] for the volume that the history lands in instead; or [`Message::Resolved`], the end |
 //! | sender, at the end | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end; [`Message::Resolved`] after a `Resolve` |
 //! | opener, to hand over | [`TakeOver`] | [`TakenOver`], the end |
+//! | opener, to know who may write | [`AskClaims`] | [`Message::Claims`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
 
 use std::{collections::BTreeSet, fmt, str::FromStr};
@@ -23,8 +24,8 @@ use flocker_storage::{
     delta::{DeltaFormat, Partial, RESUME_POINT_LIMIT, ResumePoint},
     driver::Finding,
     model::{
-        HeadState, HeldSnapshot, Host, Lineage, ParseError, Snapshot, SnapshotId, SnapshotKey, SnapshotName, VolumeId,
-        VolumeName, VolumeRecord, check_metadata,
+        HeadState, HeldSnapshot, Host, Lineage, ParseError, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName,
+        VolumeId, VolumeName, VolumeRecord, check_metadata,
     },
 };
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,8 @@ pub const PARENTS_LIMIT: usize = 2;
 pub const REMARKS_LIMIT: usize = 100;
 /// See [`REMARKS_LIMIT`].
 pub const REMARK_LIMIT: usize = 4096;
+/// The most volumes that one [`AskClaims`] is about.
+pub const CLAIMS_LIMIT: usize = 10_000;
 /// The longest path in [`Answer::mounted`], in bytes (Linux' PATH_MAX).
 pub const PATH_LIMIT: usize = 4096;
 /// The largest encoded message, in bytes: a lineage of [`LINEAGE_LIMIT`] snapshots with the longest names fits.
@@ -94,6 +97,34 @@ pub enum Message {
     TakeOver(Box<TakeOver>),
     /// 16: it is.
     TakenOver(TakenOver),
+    /// 17: asks who may write some volumes.
+    AskClaims(AskClaims),
+    /// 18: answers [`Message::AskClaims`]; volumes that are not there, or not to be known, are left out.
+    Claims(Vec<VolumeClaim>),
+}
+
+/// Asks who may write some volumes, as far as the peer knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AskClaims {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// The volumes, [`CLAIMS_LIMIT`] at most.
+    pub volumes: Vec<VolumeId>,
+}
+
+/// Who may write a volume, by a node's record of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeClaim {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its name on the node.
+    pub name: VolumeName,
+    /// Whether the node may write it.
+    pub role: Role,
+    /// The epoch.
+    pub epoch: u64,
+    /// Who became the primary when the epoch began, as far as the node knows.
+    pub primary: Option<Host>,
 }
 
 /// Hands a volume over. The sender has stopped writing and will not write again unless this is refused.
@@ -385,6 +416,8 @@ impl Message {
             Self::Resolved(_) => "Resolved",
             Self::TakeOver(_) => "TakeOver",
             Self::TakenOver(_) => "TakenOver",
+            Self::AskClaims(_) => "AskClaims",
+            Self::Claims(_) => "Claims",
         }
     }
 
@@ -404,9 +437,15 @@ impl Message {
             Self::PullRequest(_) | Self::Describe(_) | Self::StepReady(_) | Self::Finish | Self::Finished => Ok(()),
             Self::Remarks(remarks) => check_remarks(remarks),
             Self::TakeOver(_) | Self::TakenOver(_) => Ok(()),
+            Self::AskClaims(AskClaims { volumes, .. }) => check_claims(volumes.len()),
+            Self::Claims(claims) => check_claims(claims.len()),
         };
         checked.map_err(|rule| Violation { message: self.kind(), rule })
     }
+}
+
+fn check_claims(count: usize) -> Result<(), String> {
+    demand(count <= CLAIMS_LIMIT, || format!("it is about {count} volumes, {CLAIMS_LIMIT} are allowed"))
 }
 
 fn check_remarks(remarks: &[Finding]) -> Result<(), String> {

@@ -66,8 +66,8 @@ pub enum ProblemCode {
     TimedOut,
     /// 22: the step cannot travel in this format; in the portable one it can. Facts: `why`.
     FormatUnfit,
-    /// 23: not used yet.
-    Reserved23,
+    /// 23: the node does not become the primary in the asker's place. Facts: `volume`, `why`.
+    HandOffRefused,
     /// 24: not used yet.
     Reserved24,
     /// 25: not used yet.
@@ -170,9 +170,8 @@ impl Problem {
             ProblemCode::FormatUnfit => {
                 format!("the delta's format does not fit what the node holds{}", known("why", ": "))
             }
-            ProblemCode::Reserved23 | ProblemCode::Reserved24 | ProblemCode::Reserved25 => {
-                "a problem that this version does not know".to_owned()
-            }
+            ProblemCode::HandOffRefused => format!("it does not take {} over{}", volume(), known("why", ": ")),
+            ProblemCode::Reserved24 | ProblemCode::Reserved25 => "a problem that this version does not know".to_owned(),
         }
     }
 

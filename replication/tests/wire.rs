@@ -136,6 +136,14 @@ fn messages() -> Vec<Message> {
         epoch: 2,
     })));
     all.push(Message::TakenOver(TakenOver { epoch: 2 }));
+    all.push(Message::AskClaims(AskClaims { protocol: PROTOCOL, volumes: vec![volume(DB)] }));
+    all.push(Message::Claims(vec![VolumeClaim {
+        volume: volume(DB),
+        name: "db".parse().unwrap(),
+        role: Role::Primary,
+        epoch: 2,
+        primary: Some(host("host-b")),
+    }]));
     all
 }
 
@@ -183,7 +191,7 @@ fn every_problem_code_keeps_its_number() {
         (ProblemCode::Cancelled, "cancelled"),
         (ProblemCode::TimedOut, "timed-out"),
         (ProblemCode::FormatUnfit, "format-unfit"),
-        (ProblemCode::Reserved23, "reserved23"),
+        (ProblemCode::HandOffRefused, "hand-off-refused"),
         (ProblemCode::Reserved24, "reserved24"),
         (ProblemCode::Reserved25, "reserved25"),
     ];

@@ -98,8 +98,13 @@ pub(crate) fn volume(name: &str) -> VolumeRecord {
         origin: None,
         role: Role::Primary,
         epoch: 3,
+        primary: Some(host()),
         quota_bytes: None,
     }
+}
+
+fn host() -> Host {
+    Host { id: HostId([7; 32]), name: "host-a".parse().expect("a name") }
 }
 
 /// Makes a snapshot record.
@@ -108,7 +113,7 @@ pub(crate) fn snapshot(name: &str, parents: &[SnapshotId]) -> Snapshot {
         id: SnapshotId::mint(),
         name: name.parse().expect("a name"),
         parents: parents.to_vec(),
-        host: Host { id: HostId([7; 32]), name: "host-a".parse().expect("a name") },
+        host: host(),
         created: "2026-01-02T03:04:05.5Z".parse().expect("a time"),
         metadata: [("why".to_owned(), "test".to_owned())].into(),
     }

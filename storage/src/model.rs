@@ -258,8 +258,28 @@ pub struct VolumeRecord {
     pub role: Role,
     /// Grows with each change of the primary.
     pub epoch: u64,
+    /// Who became the primary when the epoch began; `None` where an older version wrote the record.
+    #[serde(default)]
+    pub primary: Option<Host>,
     /// The most bytes the volume may hold, where the driver can limit it.
     pub quota_bytes: Option<u64>,
+}
+
+impl VolumeRecord {
+    /// Returns who is the primary by this record, for comparing it with another node's record of the volume.
+    pub fn claim(&self) -> Claim {
+        Claim { epoch: self.epoch, primary: self.primary.as_ref().map(|host| host.id) }
+    }
+}
+
+/// Who is a volume's primary, and since when. The greatest one of all nodes counts: the newer epoch, and of two nodes
+/// that were promoted apart from each other in the same epoch always the same one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Claim {
+    /// The epoch.
+    pub epoch: u64,
+    /// The node that became the primary when it began.
+    pub primary: Option<HostId>,
 }
 
 /// A static pointer to a volume's contents at a time. The same on every node that holds it.

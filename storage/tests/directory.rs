@@ -35,6 +35,7 @@ fn record(name: &str) -> VolumeRecord {
         origin: None,
         role: Role::Primary,
         epoch: 1,
+        primary: None,
         quota_bytes: None,
     }
 }

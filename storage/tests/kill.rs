@@ -75,6 +75,7 @@ fn record(number: u128, origin: Option<SnapshotKey>, role: Role) -> VolumeRecord
         origin,
         role,
         epoch: 1,
+        primary: None,
         quota_bytes: None,
     }
 }

@@ -132,7 +132,12 @@ enum Command {
     Promote {
         /// The volume
         volume: VolumeName,
+        /// Also where another node is its primary, or may be: what that one wrote since is not here
+        #[arg(long)]
+        force: bool,
     },
+    /// Make a peer the primary of a volume in this node's place, without losing anything
+    Handoff(volumes::HandOffArgs),
     /// Bring a snapshot, and what leads to it, to a peer
     Push(transfers::PushArgs),
     /// Fetch a snapshot, and what leads to it, from a peer
@@ -281,7 +286,8 @@ impl Session<'_> {
             Command::Clone(args) => self.clone_snapshot(args).await?,
             Command::Diff(args) => self.diff(args).await?,
             Command::Merge(args) => return self.merge(args).await,
-            Command::Promote { volume } => self.promote(&volume).await?,
+            Command::Promote { volume, force } => self.promote(&volume, force).await?,
+            Command::Handoff(args) => self.hand_off(args).await?,
             Command::Push(args) => return self.push(args).await,
             Command::Pull(args) => return self.pull(args).await,
             Command::Transfers { command } => return self.transfers(command.unwrap_or(TransfersCommand::List)).await,

@@ -1,12 +1,12 @@
-//! `create`, `list`, `inspect`, `destroy`, `set`, `mount`, `unmount`, `promote`.
+//! `create`, `list`, `inspect`, `destroy`, `set`, `mount`, `unmount`, `promote`, `handoff`.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
 use flocker_node::api::{
-    client::{Access, VolumeName},
-    types::{CreateVolume, MountKind, MountVolume, PatchVolume},
+    client::{Access, NodeName, VolumeName},
+    types::{CreateVolume, HandOffVolume, MountKind, MountVolume, PatchVolume, PromoteVolume},
 };
 use jiff::Timestamp;
 
@@ -51,6 +51,18 @@ pub(super) struct MountArgs {
     /// Only for reading (a replica always is)
     #[arg(long)]
     read_only: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct HandOffArgs {
+    /// The volume
+    volume: VolumeName,
+    /// The node that becomes its primary
+    #[arg(value_name = "HOST")]
+    peer: NodeName,
+    /// How long to wait until nobody uses the mount any more: 30s, 5m
+    #[arg(long, value_parser = values::duration, value_name = "TIME")]
+    wait: Option<std::time::Duration>,
 }
 
 impl Session<'_> {
@@ -127,10 +139,32 @@ impl Session<'_> {
         Ok(())
     }
 
-    pub(super) async fn promote(&self, volume: &VolumeName) -> anyhow::Result<()> {
-        let promoted = self.client.promote(volume).await?;
+    pub(super) async fn promote(&self, volume: &VolumeName, force: bool) -> anyhow::Result<()> {
+        let promoted = self.client.promote(volume, &PromoteVolume { force }).await?;
         self.output.item(&promoted, String::new)?;
+        for warning in &promoted.warnings {
+            self.output.talk(&format!("warning: {warning}"));
+        }
         self.output.talk(&format!("volume {} is writable here now (epoch {})", promoted.name, promoted.epoch));
+        Ok(())
+    }
+}
+
+impl Session<'_> {
+    pub(super) async fn hand_off(&self, args: HandOffArgs) -> anyhow::Result<()> {
+        let wait_ms = args.wait.map(|wait| wait.as_millis() as u64);
+        let done = self.client.hand_off(&args.volume, &HandOffVolume { peer: args.peer, wait_ms }).await?;
+        self.output.item(&done, String::new)?;
+        self.output.talk(&format!(
+            "{} is the primary of {} now (epoch {}, at {}@{}); nobody could write for {} ms",
+            done.primary, done.volume, done.epoch, done.volume, done.snapshot, done.writes_stopped_ms
+        ));
+        if let Some(path) = &done.unmounted {
+            self.output.talk(&format!(
+                "it is not mounted at {path} here any more; `flocker mount {}` on {} mounts it there",
+                done.volume, done.primary
+            ));
+        }
         Ok(())
     }
 }

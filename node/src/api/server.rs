@@ -36,6 +36,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/volumes/{name}/unmount", post(volumes::unmount))
         .route("/v1/volumes/{name}/rollback", post(volumes::rollback))
         .route("/v1/volumes/{name}/promote", post(volumes::promote))
+        .route("/v1/volumes/{name}/handoff", post(volumes::hand_off))
         .route("/v1/volumes/{name}/merge", post(merge::merge))
         .route("/v1/diff", get(diff::diff))
         .route("/v1/volumes/{name}/history", get(volumes::history))

@@ -30,6 +30,12 @@ pub struct VolumeResource {
     pub role: Role,
     /// Grows with each change of the primary.
     pub epoch: u64,
+    /// Who became the primary when the epoch began, as far as this node knows.
+    #[serde(default)]
+    pub primary: Option<NodeName>,
+    /// The peer that was asked to be the primary from now on and has not answered; nobody may write meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handing_over_to: Option<NodeName>,
     /// The most bytes it may hold.
     pub quota_bytes: Option<u64>,
     /// How many snapshots of its own it has.
@@ -41,6 +47,62 @@ pub struct VolumeResource {
     /// Whether the head has changes since the newest snapshot. Only when one volume is inspected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head: Option<HeadState>,
+    /// What is known of the peers that hold it. Only when one volume is inspected.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerPosition>,
+    /// What may be lost by what was just done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// How far a peer was with a volume when this node last exchanged snapshots of it with that peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerPosition {
+    /// The peer.
+    pub host: NodeName,
+    /// The newest snapshot that both hold; `None` where it was destroyed here since.
+    pub common: Option<SnapshotName>,
+    /// How many newer ones this node has.
+    pub behind: Option<u64>,
+}
+
+/// Makes a replica the primary.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromoteVolume {
+    /// Also where another node is the primary, or may be.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Makes a peer the primary in this node's place.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandOffVolume {
+    /// The peer.
+    pub peer: NodeName,
+    /// How long to wait, in milliseconds, until nobody uses the volume's mount any more; half a minute when left out.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
+}
+
+/// What a hand-over did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOffReport {
+    /// The volume.
+    pub volume: VolumeName,
+    /// The primary now.
+    pub primary: NodeName,
+    /// The epoch that began.
+    pub epoch: u64,
+    /// The newest snapshot, which both hold.
+    pub snapshot: SnapshotName,
+    /// Where the volume was mounted here.
+    pub unmounted: Option<String>,
+    /// From the moment the volume could not be written here to the moment it could be written there, in milliseconds.
+    pub writes_stopped_ms: u64,
+    /// Bytes that travelled before and after writes were stopped.
+    pub delta_bytes: [u64; 2],
 }
 
 /// The snapshot a volume was cloned from.
@@ -308,6 +370,20 @@ pub struct StartTransfer {
     /// How changed files are found.
     #[serde(default)]
     pub compare: Compare,
+}
+
+impl StartTransfer {
+    /// Asks for a transfer with a peer that is refused where histories have gone apart.
+    pub fn to(peer: NodeName) -> Self {
+        Self {
+            peer,
+            snapshot: None,
+            as_name: None,
+            on_divergence: DivergencePolicy::Refuse,
+            dry_run: false,
+            compare: Compare::Metadata,
+        }
+    }
 }
 
 /// Which way a transfer goes, seen from this node.

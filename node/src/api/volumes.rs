@@ -8,7 +8,10 @@ use serde::Deserialize;
 
 use super::{
     server::{Json, Path, Query},
-    types::{CreateVolume, HistoryResource, MountResource, MountVolume, PatchVolume, Rollback, VolumeResource},
+    types::{
+        CreateVolume, HandOffReport, HandOffVolume, HistoryResource, MountResource, MountVolume, PatchVolume,
+        PromoteVolume, Rollback, VolumeResource,
+    },
 };
 use crate::{daemon::Node, history::Hosts, problem::Result};
 
@@ -52,7 +55,11 @@ pub(crate) async fn mount(
 }
 
 pub(crate) async fn unmount(State(node): State<Arc<Node>>, Path(name): Path<VolumeName>) -> Result<StatusCode> {
-    node.unmount(&name).await?;
+    let id = node.unmount(&name).await?;
+    if node.superseded.holds(id) {
+        let follower = node.clone();
+        node.tasks.spawn(async move { follower.step_down(id).await });
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -67,8 +74,17 @@ pub(crate) async fn rollback(
 pub(crate) async fn promote(
     State(node): State<Arc<Node>>,
     Path(name): Path<VolumeName>,
+    Json(request): Json<PromoteVolume>,
 ) -> Result<Answer<VolumeResource>> {
-    Ok(Answer(node.promote(&name).await?))
+    Ok(Answer(node.promote(&name, &request).await?))
+}
+
+pub(crate) async fn hand_off(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<VolumeName>,
+    Json(request): Json<HandOffVolume>,
+) -> Result<Answer<HandOffReport>> {
+    Ok(Answer(node.hand_off(name, request).await?))
 }
 
 /// Whom a history is asked of.

@@ -72,7 +72,7 @@ impl Node {
             if request.dry_run {
                 unsaved.push(name.clone());
             } else {
-                let held = self.keep_head(&mut volume).await?;
+                let held = self.keep_head(&mut volume, "before").await?;
                 kept.push(format!("{name}@{}", held.snapshot.name));
             }
         }
@@ -112,7 +112,7 @@ impl Node {
             if request.dry_run {
                 unsaved.push(name.clone());
             } else {
-                let held = self.keep_head(&mut volume).await?;
+                let held = self.keep_head(&mut volume, "before").await?;
                 kept.push(format!("{name}@{}", held.snapshot.name));
             }
         }

@@ -7,14 +7,14 @@
 //! | no snapshot goes unless somebody asked for it | each pool against its last sight |
 //! | no head goes unless somebody asked for it | each head against its last sight: it is there, or a snapshot or another head has its bytes |
 //! | a mounted volume is never replaced underneath its user | each head that is handed out for writing against its last sight |
-//! | at most one primary per epoch | all pools; who was promoted by a user is not counted yet |
+//! | at most one primary per claim, and it is the node that the claim names | all pools |
 //! | a node answers with no internal error and does not panic | the API's answers, the panic hook |
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use flocker_storage::{
     drivers::memory::VolumeSight,
-    model::{Role, SnapshotId, VolumeId},
+    model::{Claim, Role, SnapshotId, VolumeId},
 };
 
 use crate::world::World;
@@ -58,8 +58,6 @@ pub(crate) struct Watch {
     condemned: Vec<Condemned>,
     /// What each node has acknowledged to hold.
     promised: Vec<BTreeSet<SnapshotId>>,
-    /// Who was asked to be the primary of what.
-    promoted: BTreeSet<(usize, VolumeId)>,
     /// How many snapshots were ever seen.
     pub(crate) snapshots: usize,
 }
@@ -76,7 +74,6 @@ impl Watch {
             seen: each().map(|_| Sight::default()).collect(),
             condemned: each().map(|_| Condemned::default()).collect(),
             promised: each().map(|_| BTreeSet::new()).collect(),
-            promoted: BTreeSet::new(),
             snapshots: 0,
         }
     }
@@ -100,11 +97,6 @@ impl Watch {
     /// That was answered: what comes into the volume from now on must stay.
     pub(crate) fn spare_volume(&mut self, node: usize, volume: VolumeId) {
         self.condemned[node].volumes.remove(&volume);
-    }
-
-    /// Somebody asks a node to become the primary of a volume.
-    pub(crate) fn promoted(&mut self, node: usize, volume: VolumeId) {
-        self.promoted.insert((node, volume));
     }
 
     /// A program has written to a head: what was there is gone by its own will.
@@ -206,21 +198,25 @@ impl Watch {
         sight.heads = heads.map(|volume| (volume.record.id, volume.head)).collect();
     }
 
-    /// A second primary that was not asked for by a user is one too many.
     fn check_primaries(&self, world: &World, pools: &[Vec<VolumeSight>]) -> Result<(), String> {
-        let mut primaries: BTreeMap<(VolumeId, u64), Vec<String>> = BTreeMap::new();
+        let mut primaries: BTreeMap<(VolumeId, Claim), Vec<String>> = BTreeMap::new();
         for (node, volumes) in pools.iter().enumerate() {
             for VolumeSight { record, .. } in volumes {
-                if record.role == Role::Primary && !self.promoted.contains(&(node, record.id)) {
-                    let found = format!("{} ({})", world.hosts[node].name, record.name);
-                    primaries.entry((record.id, record.epoch)).or_default().push(found);
+                if record.role != Role::Primary {
+                    continue;
                 }
+                let host = &world.hosts[node].name;
+                let named = record.primary.as_ref().map(|host| host.name.as_str());
+                if named != Some(host) {
+                    return Err(format!("{host} writes {} as its primary, which is {named:?}", record.name));
+                }
+                primaries.entry((record.id, record.claim())).or_default().push(format!("{host} ({})", record.name));
             }
         }
         match primaries.into_iter().find(|(_, nodes)| nodes.len() > 1) {
             None => Ok(()),
-            Some(((volume, epoch), nodes)) => {
-                Err(format!("volume {volume} has several primaries of epoch {epoch}: {}", nodes.join(", ")))
+            Some(((volume, claim), nodes)) => {
+                Err(format!("volume {volume} has several primaries of {claim:?}: {}", nodes.join(", ")))
             }
         }
     }

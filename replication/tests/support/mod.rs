@@ -31,6 +31,7 @@ pub(crate) fn record(number: u128, name: &str) -> VolumeRecord {
         origin: None,
         role: Role::Primary,
         epoch: 1,
+        primary: None,
         quota_bytes: None,
     }
 }

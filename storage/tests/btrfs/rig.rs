@@ -30,6 +30,7 @@ pub(crate) fn record(name: &str) -> VolumeRecord {
         origin: None,
         role: Role::Primary,
         epoch: 1,
+        primary: None,
         quota_bytes: None,
     }
 }

@@ -152,7 +152,7 @@ fn history_goes_there_and_back(pools: [String; 2], scratch: Scratch, best_format
     b.cli(&["clone", "db@two", "was"]).ok();
     assert!(b.mount("was").join("data.bin").exists());
     b.cli(&["unmount", "db"]).ok();
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     let there = b.mount("db");
     fs::write(there.join("order"), "taken on host-b").unwrap();
     b.cli(&["snapshot", "db@four"]).ok();

@@ -92,7 +92,7 @@ fn arrange(a: &Node, b: &Node, volume: &str, situation: Situation) -> &'static s
     }
     a.push(&format!("{volume}@one"), "host-b");
     match situation {
-        Idle | Behind | Diverged | Dirty => drop(b.cli(&["promote", volume]).ok()),
+        Idle | Behind | Diverged | Dirty => drop(b.cli(&["promote", volume, "--force"]).ok()),
         _ => {}
     }
     match situation {

@@ -89,7 +89,7 @@ fn survives(point: &str) -> bool {
     step(0, &["snapshot", "db@one"]);
     step(0, &["push", "db@one", "host-b"]);
     // A head that the next receive puts away.
-    step(1, &["promote", "db"]);
+    step(1, &["promote", "db", "--force"]);
     step(1, &["mount", "db"]);
     step(1, &["unmount", "db"]);
     scribble(&mount.join("data.bin"), 91, 20);

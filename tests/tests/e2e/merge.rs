@@ -25,7 +25,7 @@ fn diverge(a: &Node, b: &Node) {
     fs::write(here.join("theirs"), "one").unwrap();
     a.cli(&["snapshot", "db@one"]).ok();
     a.push("db@one", "host-b");
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     let there = b.mount("db");
 
     scribble(&here.join("data.bin"), 201, 10);

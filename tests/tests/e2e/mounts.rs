@@ -103,7 +103,7 @@ fn a_replica_is_not_mounted_for_writing_until_it_is_promoted() {
 
     let ask = serde_json::json!({"access": "read-write"});
     b.http("POST", "/v1/volumes/db/mount", Some(&ask)).is_problem(409, "read_only_replica");
-    let promoted = b.cli(&["promote", "db"]).ok().json();
+    let promoted = b.cli(&["promote", "db", "--force"]).ok().json();
     assert_eq!(promoted["role"], "primary");
     assert!(promoted["epoch"].as_u64() > a.cli(&["inspect", "db"]).ok().json()["epoch"].as_u64());
     let place = b.mount("db");

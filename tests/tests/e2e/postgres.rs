@@ -118,7 +118,8 @@ fn a_postgresql_database_moves_to_another_node() {
     eprintln!("full {} bytes, incremental {} bytes", bytes(&full), bytes(&incremental));
     assert!(bytes(&incremental) * 3 < bytes(&full), "{incremental}");
 
-    b.cli(&["promote", "pg"]).ok();
+    let moved = a.cli(&["handoff", "pg", "host-b"]).ok().json();
+    eprintln!("handed over, nobody could write for {} ms", moved["writes_stopped_ms"]);
     b.cli(&["mount", "pg", places[1].to_str().unwrap()]).ok();
     let server = Server::start(&places[1].join("data"), &sockets);
     assert_eq!(server.checksum(), expected);
@@ -127,4 +128,14 @@ fn a_postgresql_database_moves_to_another_node() {
     server.load("50");
     server.checkpoint_and_stop();
     run(as_postgres("pg_checksums").args(["--check", "-D"]).arg(places[1].join("data")));
+
+    // And home again, with what was written there.
+    let server = Server::start(&places[1].join("data"), &sockets);
+    let expected = server.checksum();
+    server.checkpoint_and_stop();
+    b.cli(&["handoff", "pg", "host-a"]).ok();
+    a.cli(&["mount", "pg", places[0].to_str().unwrap()]).ok();
+    let server = Server::start(&data, &sockets);
+    assert_eq!(server.checksum(), expected);
+    server.checkpoint_and_stop();
 }

@@ -304,7 +304,7 @@ fn a_promoted_replica_pushes_back() {
     fs::write(mount.join("file"), "a").unwrap();
     a.cli(&["snapshot", "db@one"]).ok();
     a.push("db@one", "host-b");
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     fs::write(b.mount("db").join("file"), "b").unwrap();
     b.cli(&["snapshot", "db@two"]).ok();
     a.cli(&["unmount", "db"]).ok();

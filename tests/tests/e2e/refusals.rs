@@ -55,7 +55,7 @@ fn histories_that_went_apart_are_shown_with_both_sides_and_what_they_share() {
     let mut cluster = sharing_one();
     let (a, b) = cluster.pair();
     write_and_snapshot(a, "left");
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     write_and_snapshot(b, "right");
 
     let today = day(b, "db@right");
@@ -73,7 +73,7 @@ fn histories_that_went_apart_are_shown_with_both_sides_and_what_they_share() {
 fn a_receiver_that_is_ahead_is_not_put_back() {
     let mut cluster = sharing_one();
     let (a, b) = cluster.pair();
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     write_and_snapshot(b, "newer");
 
     let transfer = refused(a, b, "db@one", &["host-b", "newer", "one"]);
@@ -114,7 +114,7 @@ fn a_head_with_changes_that_no_snapshot_holds_is_not_overwritten() {
     let mut cluster = sharing_one();
     let (a, b) = cluster.pair();
     write_and_snapshot(a, "two");
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     let mount = b.mount("db");
     fs::write(mount.join("file"), "precious").unwrap();
     drop_mount(b);
@@ -129,7 +129,7 @@ fn a_head_with_changes_that_no_snapshot_holds_is_not_overwritten() {
 fn a_snapshot_that_changed_nothing_is_no_divergence() {
     let mut cluster = sharing_one();
     let (a, b) = cluster.pair();
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     b.cli(&["snapshot", "db@idle"]).ok();
     write_and_snapshot(a, "two");
 
@@ -173,7 +173,7 @@ fn a_refused_dry_run_and_a_refused_pull_end_the_same_way() {
     let mut cluster = sharing_one();
     let (a, b) = cluster.pair();
     write_and_snapshot(a, "left");
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     write_and_snapshot(b, "right");
     let before = Listing::of(&b.pool()).without_folder_times();
 

@@ -104,7 +104,7 @@ fn history_goes_there_and_back(scratch: Scratch, options: [Options; 2], times: T
     b.cli(&["unmount", "was"]).ok();
     b.cli(&["destroy", "was"]).ok();
     b.cli(&["unmount", "db"]).ok();
-    b.cli(&["promote", "db"]).ok();
+    b.cli(&["promote", "db", "--force"]).ok();
     let there = b.mount("db");
     fs::write(there.join("order"), "taken on host-b").unwrap();
     b.cli(&["snapshot", "db@four"]).ok();
@@ -193,7 +193,7 @@ fn natives_whose_base_came_as_a_tree_fall_back_to_trees() {
     c.push("db@one", "host-b");
     let (a, b) = cluster.pair();
     assert_carried(Carried::AsTrees, left, right);
-    a.cli(&["promote", "db"]).ok();
+    a.cli(&["promote", "db", "--force"]).ok();
     let mount = a.mount("db");
     scribble(&mount.join("data.bin"), 221, 3);
     a.cli(&["snapshot", "db@two"]).ok();

@@ -233,7 +233,7 @@ impl Story<'_> {
 
     async fn diverge(&mut self, source: &Path) -> anyhow::Result<()> {
         say("\n6. Both sides write: the next push would lose one side's work, so it is refused\n");
-        self.stage.run(Host::B, &["promote", "db"]).await?;
+        self.stage.run(Host::B, &["promote", "db", "--force"]).await?;
         let mount: MountResource = self.stage.ask(Host::B, &["mount", "db"]).await?;
         write(Host::B, &Path::new(&mount.path).join("orders-of-host-b.txt"))?;
         self.stage.run(Host::B, &["snapshot", "db@three-on-b"]).await?;

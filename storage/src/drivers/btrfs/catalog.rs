@@ -360,6 +360,7 @@ mod tests {
             }),
             role: Role::Replica,
             epoch: 7,
+            primary: None,
             quota_bytes: None,
         }
     }
