@@ -319,7 +319,7 @@ impl Node {
             && self.mounts.of(handoff.volume).is_none()
         {
             let access = if row.read_only { Access::ReadOnly } else { Access::ReadWrite };
-            self.mount(&name, MountVolume { path: Some(row.path.clone()), access: Some(access) }).await?;
+            self.mount_again(&name, MountVolume { path: Some(row.path.clone()), access: Some(access) }).await?;
         }
         fault::point("handoff.taken-back");
         self.forget_hand_off(handoff.volume).await

@@ -64,11 +64,16 @@ impl Node {
         }
     }
 
-    /// Mounts a volume. Asking again for what is there already is done at once.
+    /// Mounts a volume, unless it is being handed over. Asking again for what is there already is done at once.
     pub(crate) async fn mount(&self, name: &VolumeName, request: MountVolume) -> Result<MountResource> {
+        self.handoffs.check_settled(&self.catalog.find(name)?)?;
+        self.mount_again(name, request).await
+    }
+
+    /// Mounts a volume whatever becomes of it.
+    pub(crate) async fn mount_again(&self, name: &VolumeName, request: MountVolume) -> Result<MountResource> {
         let (volume, _guard) = self.catalog.claim(name).await?;
         let access = self.allowed_access(&volume, request.access)?;
-        self.handoffs.check_settled(&volume)?;
         let own_place = self.paths.mounts().join(name.as_str());
         let path = request.path.map_or(own_place, PathBuf::from);
         if !path.is_absolute() {

@@ -49,7 +49,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
 /// The first pause before peers that did not answer are asked again; it doubles up to [`LOOK_PAUSE_LIMIT`].
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
 /// See [`LOOK_PAUSE`].
-const LOOK_PAUSE_LIMIT: Duration = Duration::from_secs(60);
+const LOOK_PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whom a replica follows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -267,6 +267,9 @@ impl Node {
         for loss in &losses {
             tracing::warn!(volume = %name, epoch = volume.record.epoch, "promoted by force: {loss}");
         }
+        if !losses.is_empty() {
+            self.tasks.spawn(self.clone().follow_newer_primaries());
+        }
         let promoted = self.volume_resource(&volume);
         Ok(VolumeResource { warnings: losses, ..promoted })
     }
@@ -326,7 +329,8 @@ impl Node {
         told.collect()
     }
 
-    /// Looks, once the node serves, whether a peer has become the primary of a volume meanwhile; until each has answered once.
+    /// Looks, once the node serves or was promoted by force, whether a peer has become the primary of a volume meanwhile;
+    /// until each has answered once.
     pub(crate) async fn follow_newer_primaries(self: Arc<Self>) {
         let mut answered: BTreeSet<NodeName> = BTreeSet::new();
         let mut pause = LOOK_PAUSE;
