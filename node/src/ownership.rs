@@ -421,6 +421,10 @@ impl Node {
             return;
         }
         tracing::warn!(volume = %own, "{peer} is the primary since epoch {}: this node follows it", follows.epoch);
+        if let Err(problem) = self.keep_what_is_unsaved(id).await {
+            tracing::error!(volume = %own, "cannot follow {peer}: {problem}");
+            return;
+        }
         let request = StartTransfer {
             as_name: (name != own).then(|| own.clone()),
             on_divergence: DivergencePolicy::Theirs,
@@ -440,6 +444,17 @@ impl Node {
             }
             Err(problem) => tracing::error!(volume = %own, "cannot follow {peer}: {problem}"),
         }
+    }
+
+    /// Takes a snapshot of a head with changes: what a peer does not know of is in no comparison with it.
+    async fn keep_what_is_unsaved(&self, id: VolumeId) -> Result<()> {
+        let _guard = self.catalog.work_on(id).await;
+        let Some(mut known) = self.catalog.get(id) else { return Ok(()) };
+        self.check_unmounted(&known, "make a replica of")?;
+        if self.driver.head_state(id).await? == HeadState::Dirty {
+            self.keep_head(&mut known, "before").await?;
+        }
+        Ok(())
     }
 
     /// Where nothing had to be brought over, only the role changes.
