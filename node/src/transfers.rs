@@ -10,7 +10,7 @@
 //! | the peer was never met | failed | nothing |
 //! | no progress for [`PATIENCE`] | failed | nothing |
 //! | the daemon stops or dies | interrupted | goes on at the next start |
-//! | the same is asked for again while it is interrupted | running | an attempt at once |
+//! | the same is asked for again while it is interrupted, or the peer is heard from | running | an attempt at once |
 //! | a format of the drivers' own does not fit | running | an attempt at once, in the portable format |
 //! | a final error | failed | nothing |
 //! | histories that do not fit | refused | nothing |
@@ -85,7 +85,7 @@ pub(crate) struct Job {
     pub(crate) cancel: CancellationToken,
     /// A format of the drivers' own did not fit: what is left goes in the portable one.
     portable: AtomicBool,
-    /// Asked for again: no more pause.
+    /// Asked for again, or the peer is there again: no more pause.
     poke: Notify,
     status: Mutex<Status>,
 }
@@ -238,6 +238,12 @@ impl Job {
     }
 }
 
+/// Stretches a pause by up to a half, differently for each transfer, so that many that lost one peer do not come back at
+/// one moment.
+fn jittered(pause: Duration, transfer: Uuid) -> Duration {
+    pause + pause.mul_f64(f64::from(transfer.as_bytes()[15]) / 512.0)
+}
+
 impl Status {
     fn note_time(&mut self) {
         self.resource.progress.elapsed_ms = (self.worked_before + self.began.elapsed()).as_millis() as u64;
@@ -289,6 +295,15 @@ impl Transfers {
                 && !job.request.dry_run
         });
         same.next().cloned()
+    }
+
+    /// Ends the pauses of those that lost this peer.
+    pub(crate) fn peer_is_there(&self, name: &str) {
+        let jobs = self.lock();
+        let lost = |job: &&Arc<Job>| job.resource().state == TransferState::Interrupted;
+        for job in jobs.values().filter(|job| job.request.peer.as_str() == name).filter(lost) {
+            job.poke.notify_one();
+        }
     }
 
     fn insert(&self, job: Arc<Job>) {
@@ -423,7 +438,7 @@ impl Node {
                 () = self.cancel.cancelled() => return,
                 () = job.cancel.cancelled() => return self.end_transfer(&job, TransferState::Cancelled, None).await,
                 () = job.poke.notified() => pause = FIRST_PAUSE,
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(jittered(pause, job.id)) => {}
             }
         }
     }
