@@ -30,6 +30,7 @@ use crate::{
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths, WIPE_IS_NOT_KEPT},
     inbox::Inbox,
+    kept::Kept,
     mounts::{Mounts, symlink_note},
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
@@ -45,6 +46,9 @@ const GRACE: Duration = Duration::from_secs(10);
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often parked streams and receives are looked through.
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How many connections peers may have open at once; most of them wait for their next use.
+const CONNECTIONS_LIMIT: usize = 512;
 
 /// What `flocker node start` was asked for.
 pub struct DaemonRequest {
@@ -116,6 +120,7 @@ pub(crate) struct Node {
     pub(crate) transfers: Transfers,
     pub(crate) streams: Streams,
     pub(crate) inbox: Inbox,
+    pub(crate) kept: Kept,
     pub(crate) endpoint: Endpoint,
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
@@ -282,6 +287,7 @@ impl Node {
             transfers,
             streams: Streams::default(),
             inbox: Inbox::default(),
+            kept: Kept::default(),
             endpoint,
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
@@ -331,13 +337,15 @@ impl Node {
             }
             self.streams.drop_stale();
             self.inbox.suspend_stale().await;
+            self.kept.tidy();
         }
     }
 
     /// Serves peers, and goes on with what was interrupted.
     pub(crate) async fn begin(self: &Arc<Self>, accepting: &CancellationToken) -> JoinSet<()> {
         let router = Router::new()
-            .members(ALPN, Arc::new(Replication(self.clone())))
+            .max_connections(CONNECTIONS_LIMIT)
+            .members(ALPN, Arc::new(Replication::new(self.clone())))
             .members(MEMBER_ALPN, Arc::new(Membership(self.clone())))
             .anyone(ENROL_ALPN, Arc::new(Enrolment(self.clone())));
         let mut services = JoinSet::new();

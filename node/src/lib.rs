@@ -10,6 +10,7 @@ pub mod daemon;
 mod diff;
 mod history;
 mod inbox;
+mod kept;
 mod line;
 mod merge;
 mod mounts;

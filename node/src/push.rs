@@ -29,7 +29,7 @@ use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
     model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSource, CloseCode, NO_PROGRESS, Outgoing, OutgoingLimits};
+use flocker_transport::{BoxError, BulkError, ChunkSource, NO_PROGRESS, Outgoing, OutgoingLimits};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -37,7 +37,6 @@ use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
     line::Line,
-    peers::PUSH_ALPN,
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -77,9 +76,9 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
     let volume = node.catalog.find(&job.volume)?;
     let want = node.sendable(&volume, snapshot).await?;
     let row = node.find_peer(&job.request.peer).await?;
-    let connection = node.connect(&row, PUSH_ALPN).await?;
-    let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let mut line = Line::open(row.name, &connection).await?;
+    let lent = node.lend(&row).await?;
+    let watch = node.close_on_cancel(&lent.connection, &job.cancel);
+    let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
         direction: Direction::Push,
@@ -91,7 +90,8 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
         compare: job.request.compare,
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
-    connection.close(CloseCode::Done, "");
+    drop((line, watch));
+    node.give_back(lent);
     if resolution::way(sending.policy, (&concluded.outcome.verdict).into()) == Way::Reverse && sending.mode == Mode::Run
     {
         return reverse(node, job, concluded.outcome).await;
@@ -127,9 +127,9 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
         return Err(problem(404, "snapshot_not_found", format!("{} has no snapshot here", found.name)).into());
     };
     let row = node.find_peer(&job.request.peer).await?;
-    let connection = node.connect(&row, PUSH_ALPN).await?;
-    let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let mut line = Line::open(row.name, &connection).await?;
+    let lent = node.lend(&row).await?;
+    let watch = node.close_on_cancel(&lent.connection, &job.cancel);
+    let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
         direction: Direction::Push,
@@ -141,7 +141,8 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
         compare: job.request.compare,
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
-    connection.close(CloseCode::Done, "");
+    drop((line, watch));
+    node.give_back(lent);
     Ok(concluded.reversed(found))
 }
 

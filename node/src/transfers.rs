@@ -38,7 +38,7 @@ use uuid::Uuid;
 use crate::{
     api::types::{ApiProblem, Direction, StartTransfer, TransferProgress, TransferResource, TransferState},
     daemon::Node,
-    problem::{FORMAT_UNFIT, Result, chain, problem},
+    problem::{FORMAT_UNFIT, Result, STALE_LINE, chain, problem},
     resolve::Concluded,
     state::State,
 };
@@ -415,6 +415,11 @@ impl Node {
             }
             if self.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Interrupted, Some(failure.problem)).await;
+            }
+            if failure.problem.code == STALE_LINE {
+                tracing::debug!(transfer = %job.id, "{}", failure.problem);
+                self.kept.forget(&job.request.peer);
+                continue;
             }
             if failure.problem.code.ends_with(FORMAT_UNFIT) && !job.portable.swap(true, Ordering::Relaxed) {
                 let what = format!("what is left is sent in the portable format: {}", failure.problem);
