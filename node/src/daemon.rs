@@ -37,7 +37,7 @@ use crate::{
     push::Streams,
     receive::Replication,
     state::State,
-    transfers::Transfers,
+    transfers::{Job, Transfers},
 };
 
 /// How long a stop waits for work to reach an end or a point to go on from.
@@ -311,17 +311,19 @@ impl Node {
         Ok(node)
     }
 
-    /// Closes a connection when a user cancels or the node stops, so that whoever uses it unwinds; until the guard is
-    /// dropped.
-    pub(crate) fn close_on_cancel(&self, connection: &Connection, user: &CancellationToken) -> DropGuard {
+    /// Closes a connection when a user cancels or pauses the job or the node stops, so that whoever uses it unwinds; until the
+    /// guard is dropped.
+    pub(crate) fn close_on_stop(&self, connection: &Connection, job: Option<&Job>) -> DropGuard {
         let over = CancellationToken::new();
         let (guard, watch) = (over.clone().drop_guard(), over);
-        let (connection, user, node) = (connection.clone(), user.clone(), self.cancel.clone());
+        let (connection, node) = (connection.clone(), self.cancel.clone());
+        let (cancelled, paused) = job.map_or_else(Default::default, |job| (job.cancel.clone(), job.pause()));
         self.tasks.spawn(async move {
             tokio::select! {
                 biased;
                 () = watch.cancelled() => {}
-                () = user.cancelled() => connection.close(CloseCode::Cancelled, ""),
+                () = cancelled.cancelled() => connection.close(CloseCode::Cancelled, ""),
+                () = paused.cancelled() => connection.close(CloseCode::Paused, ""),
                 () = node.cancelled() => connection.close(CloseCode::ShuttingDown, ""),
             }
         });

@@ -55,7 +55,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
 pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> Result<Concluded, Failure> {
     let row = node.find_peer(&job.request.peer).await?;
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_cancel(&lent.connection, &job.cancel);
+    let watch = node.close_on_stop(&lent.connection, Some(job));
     let mut line = Line::open(row.name, &lent).await?;
     let Wanted { volume, snapshot, name, policy, mode } = wanted;
     let request = PullRequest {
@@ -67,6 +67,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> R
         policy,
         mode,
         receiver: node.host(),
+        limit_bytes_per_second: job.request.limit_bytes_per_second,
     };
     line.send(&Message::PullRequest(Box::new(request.clone()))).await?;
     let offer: Offer = match line.recv(NO_PROGRESS).await? {

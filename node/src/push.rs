@@ -9,6 +9,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroU64,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -66,6 +67,8 @@ pub(crate) struct Sending {
     pub(crate) mode: Mode,
     /// How changed files are found.
     pub(crate) compare: Compare,
+    /// Bytes per second on the wire, at most.
+    pub(crate) limit: Option<NonZeroU64>,
 }
 
 /// One attempt of a push started here.
@@ -77,7 +80,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
     let want = node.sendable(&volume, snapshot).await?;
     let row = node.find_peer(&job.request.peer).await?;
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_cancel(&lent.connection, &job.cancel);
+    let watch = node.close_on_stop(&lent.connection, Some(job));
     let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
@@ -88,6 +91,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
         policy: job.request.on_divergence,
         mode: if job.request.dry_run { Mode::DryRun } else { Mode::Run },
         compare: job.request.compare,
+        limit: job.request.limit_bytes_per_second,
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
     drop((line, watch));
@@ -128,7 +132,7 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
     };
     let row = node.find_peer(&job.request.peer).await?;
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_cancel(&lent.connection, &job.cancel);
+    let watch = node.close_on_stop(&lent.connection, Some(job));
     let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
@@ -139,6 +143,7 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
         policy: DivergencePolicy::Theirs,
         mode: Mode::Run,
         compare: job.request.compare,
+        limit: job.request.limit_bytes_per_second,
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
     drop((line, watch));
@@ -294,7 +299,7 @@ async fn send_step(
     let parked = node.streams.take(sending.transfer).filter(|stream| stream.fits(step));
     let mut stream = match parked {
         Some(stream) => stream,
-        None => Stream::new(step),
+        None => Stream::new(step, sending.limit),
     };
     let begin = begin_step(number, step, lineage, answer, &stream)?;
     line.send(&Message::BeginStep(Box::new(begin))).await?;
@@ -385,7 +390,8 @@ async fn step_failed(
     match error {
         BulkError::Interrupted(error) => {
             let failure = line.failed(error);
-            if failure.transient && !job.is_some_and(|job| job.cancel.is_cancelled()) {
+            let is_paused = job.is_some_and(|job| job.pause().is_cancelled());
+            if is_paused || (failure.transient && !job.is_some_and(|job| job.cancel.is_cancelled())) {
                 node.streams.park(sending.transfer, stream);
             }
             failure
@@ -412,19 +418,21 @@ pub(crate) struct Stream {
     target: SnapshotKey,
     base: Option<SnapshotKey>,
     format: DeltaFormat,
+    limit: Option<NonZeroU64>,
     outgoing: Outgoing,
     source: Option<DeltaSource>,
     parked: Instant,
 }
 
 impl Stream {
-    fn new(step: &Step) -> Self {
+    fn new(step: &Step, limit: Option<NonZeroU64>) -> Self {
         Self {
             id: Uuid::new_v4(),
             target: step.snapshot.key(),
             base: step.base.map(|base| base.on_sender),
             format: step.format.clone(),
-            outgoing: Outgoing::new(OutgoingLimits::default()),
+            limit,
+            outgoing: outgoing(limit),
             source: None,
             parked: Instant::now(),
         }
@@ -446,10 +454,14 @@ impl Stream {
         let request =
             DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
         let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
-        self.outgoing = Outgoing::new(OutgoingLimits::default());
+        self.outgoing = outgoing(self.limit);
         self.source = Some(DeltaSource(reader));
         Ok(0)
     }
+}
+
+fn outgoing(limit: Option<NonZeroU64>) -> Outgoing {
+    Outgoing::new(OutgoingLimits { bytes_per_second: limit, ..OutgoingLimits::default() })
 }
 
 struct DeltaSource(Box<dyn DeltaReader>);

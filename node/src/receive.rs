@@ -76,7 +76,7 @@ impl Handler for Replication {
             return connection.close(CloseCode::Refused, "not a node name");
         };
         // The node's own stop is what ends an exchange; the peer must see it as such, and go on later.
-        let _watch = node.close_on_cancel(&connection, &CancellationToken::new());
+        let _watch = node.close_on_stop(&connection, None);
         loop {
             if !node.check_peer(&peer) {
                 return connection.close(CloseCode::Refused, "another node has this name");
@@ -167,6 +167,7 @@ async fn serve_pull(node: &Arc<Node>, line: &mut Line<'_>, request: PullRequest)
         policy: request.policy,
         mode: request.mode,
         compare: Compare::Metadata,
+        limit: request.limit_bytes_per_second,
     };
     push::send(node, line, &sending, None).await.map(|_| ())
 }

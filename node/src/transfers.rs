@@ -10,7 +10,8 @@
 //! | the peer was never met | failed | nothing |
 //! | no progress for [`PATIENCE`] | failed | nothing |
 //! | the daemon stops or dies | interrupted | goes on at the next start |
-//! | the same is asked for again while it is interrupted, or the peer is heard from | running | an attempt at once |
+//! | a user pauses it | paused | nothing, over restarts too, until it is resumed |
+//! | the same is asked for again while it is interrupted or paused, or it is resumed, or the peer is heard from | running | an attempt at once |
 //! | a format of the drivers' own does not fit | running | an attempt at once, in the portable format |
 //! | a final error | failed | nothing |
 //! | histories that do not fit | refused | nothing |
@@ -36,7 +37,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    api::types::{ApiProblem, Direction, StartTransfer, TransferProgress, TransferResource, TransferState},
+    api::types::{
+        ApiProblem, Direction, SLOWEST_LIMIT, StartTransfer, TransferProgress, TransferResource, TransferState,
+    },
     daemon::Node,
     problem::{FORMAT_UNFIT, Result, STALE_LINE, chain, problem},
     resolve::Concluded,
@@ -55,6 +58,9 @@ const FINISHED_KEPT: usize = 200;
 const WARNINGS_LIMIT: usize = 100;
 /// The stretch of time that the rate is taken over.
 const RATE_WINDOW: Duration = Duration::from_secs(3);
+
+/// How long a pause waits for the attempt under way to end.
+const REST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An attempt that came to nothing: whether trying again may help, and what the user is told.
 #[derive(Debug)]
@@ -83,6 +89,10 @@ pub(crate) struct Job {
     pub(crate) direction: Direction,
     /// Cancelled by a user.
     pub(crate) cancel: CancellationToken,
+    /// Paused by a user; a new one each time it is resumed.
+    pause: Mutex<CancellationToken>,
+    /// Held while attempts are made.
+    work: tokio::sync::Mutex<()>,
     /// A format of the drivers' own did not fit: what is left goes in the portable one.
     portable: AtomicBool,
     /// Asked for again, or the peer is there again: no more pause.
@@ -112,11 +122,13 @@ impl Job {
             direction: resource.direction,
             request,
             cancel: CancellationToken::new(),
+            pause: Mutex::default(),
+            work: tokio::sync::Mutex::default(),
             portable: AtomicBool::new(false),
             poke: Notify::new(),
             status: Mutex::new(Status {
                 // A transfer found in the database had met its peer, or could not have been interrupted.
-                met_peer: resource.state == TransferState::Interrupted,
+                met_peer: matches!(resource.state, TransferState::Interrupted | TransferState::Paused),
                 resource,
                 earlier,
                 samples: VecDeque::new(),
@@ -129,6 +141,21 @@ impl Job {
 
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns what is cancelled when a user pauses it.
+    pub(crate) fn pause(&self) -> CancellationToken {
+        self.pause.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes a paused transfer ready for further attempts. The time it rested does not count.
+    fn unpause(&self) {
+        *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = CancellationToken::new();
+        let mut status = self.status();
+        let now = Instant::now();
+        status.worked_before = Duration::from_millis(status.resource.progress.elapsed_ms);
+        (status.began, status.progressed) = (now, now);
+        status.resource.state = TransferState::Running;
     }
 
     /// Tells whether the portable format alone is to be used.
@@ -238,6 +265,17 @@ impl Job {
     }
 }
 
+/// Refuses what needs a transfer that is not over.
+fn check_open(job: &Job, verb: &str) -> Result<()> {
+    let resource = job.resource();
+    if !resource.state.is_final() {
+        return Ok(());
+    }
+    let state = serde_json::to_value(resource.state).unwrap_or_default();
+    let detail = format!("cannot {verb} transfer {}: it is over ({})", job.id, state.as_str().unwrap_or_default());
+    Err(problem(409, "transfer_over", detail).hint("push or pull again").with("state", resource.state))
+}
+
 /// Stretches a pause by up to a half, differently for each transfer, so that many that lost one peer do not come back at
 /// one moment.
 fn jittered(pause: Duration, transfer: Uuid) -> Duration {
@@ -336,6 +374,13 @@ impl Node {
             return Err(problem(422, "unsupported", detail)
                 .hint("leave --as away; or --on-divergence fork keeps both histories"));
         }
+        if request.limit_bytes_per_second.is_some_and(|limit| limit.get() < SLOWEST_LIMIT) {
+            return Err(problem(
+                400,
+                "bad_request",
+                format!("a limit must be at least {SLOWEST_LIMIT} bytes per second"),
+            ));
+        }
         self.find_peer(&request.peer).await?;
         if direction == Direction::Push {
             let known = self.catalog.find(&volume)?;
@@ -346,7 +391,7 @@ impl Node {
             self.sendable(&known, snapshot).await?;
         }
         if let Some(job) = self.transfers.same(direction, &volume, &request).filter(|_| !request.dry_run) {
-            return self.join_transfer(&job, &request);
+            return self.join_transfer(&job, &request).await;
         }
         let resource = TransferResource {
             id: clock::mint().to_string(),
@@ -356,6 +401,7 @@ impl Node {
             peer: request.peer.clone(),
             as_name: request.as_name.clone(),
             dry_run: request.dry_run,
+            limit_bytes_per_second: request.limit_bytes_per_second,
             state: TransferState::Running,
             outcome: None,
             resolution: None,
@@ -374,10 +420,12 @@ impl Node {
         Ok(job.resource())
     }
 
-    fn join_transfer(&self, job: &Job, request: &StartTransfer) -> Result<TransferResource> {
-        if job.request.snapshot == request.snapshot && job.request.on_divergence == request.on_divergence {
-            job.poke.notify_one();
-            return Ok(job.resource());
+    async fn join_transfer(self: &Arc<Self>, job: &Arc<Job>, request: &StartTransfer) -> Result<TransferResource> {
+        let is_same = job.request.snapshot == request.snapshot
+            && job.request.on_divergence == request.on_divergence
+            && job.request.limit_bytes_per_second == request.limit_bytes_per_second;
+        if is_same {
+            return self.resume_transfer(job).await;
         }
         let detail = format!("another transfer of {} with {} is under way", job.volume, request.peer);
         Err(problem(409, "busy", detail)
@@ -386,6 +434,47 @@ impl Node {
                 job.id
             ))
             .with("transfer", job.id))
+    }
+
+    /// Lets a transfer rest. Returns once it does, as far as that takes no longer than [`REST_TIMEOUT`].
+    pub(crate) async fn pause_transfer(&self, job: &Job) -> Result<TransferResource> {
+        check_open(job, "pause")?;
+        job.pause().cancel();
+        // Who makes attempts ends with the one under way; whatever it ends as is written down then.
+        let _ = tokio::time::timeout(REST_TIMEOUT, job.work.lock()).await;
+        check_open(job, "pause")?;
+        Ok(job.resource())
+    }
+
+    /// Goes on with a paused transfer; one that waits for its peer waits no longer.
+    pub(crate) async fn resume_transfer(self: &Arc<Self>, job: &Arc<Job>) -> Result<TransferResource> {
+        check_open(job, "resume")?;
+        if !job.pause().is_cancelled() && job.resource().state != TransferState::Paused {
+            job.poke.notify_one();
+            return Ok(job.resource());
+        }
+        let late = |_| problem(409, "busy", "it is still coming to rest").hint("try again in a moment");
+        let work = tokio::time::timeout(REST_TIMEOUT, job.work.lock()).await.map_err(late)?;
+        check_open(job, "resume")?;
+        if job.resource().state == TransferState::Paused {
+            job.unpause();
+            let resource = job.resource();
+            self.state.put_transfer(&job.request, &resource).await?;
+            self.tasks.spawn(self.clone().run_transfer(job.clone()));
+        }
+        drop(work);
+        Ok(job.resource())
+    }
+
+    /// Cancels a transfer. One that rests has nobody who would notice.
+    pub(crate) async fn cancel_transfer(&self, job: &Job) -> TransferResource {
+        job.cancel.cancel();
+        if let Ok(_work) = job.work.try_lock()
+            && job.resource().state == TransferState::Paused
+        {
+            self.end_transfer(job, TransferState::Cancelled, None).await;
+        }
+        job.resource()
     }
 
     /// Goes on with what a stop or a crash of the daemon interrupted.
@@ -399,7 +488,8 @@ impl Node {
 
     /// Makes attempts until the transfer comes to an end.
     async fn run_transfer(self: Arc<Self>, job: Arc<Job>) {
-        let mut pause = FIRST_PAUSE;
+        let _work = job.work.lock().await;
+        let (paused, mut pause) = (job.pause(), FIRST_PAUSE);
         loop {
             let before = job.status().resource.progress.delta_bytes;
             let attempt = match job.direction {
@@ -412,6 +502,9 @@ impl Node {
             };
             if job.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Cancelled, None).await;
+            }
+            if paused.is_cancelled() {
+                return self.end_transfer(&job, TransferState::Paused, None).await;
             }
             if self.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Interrupted, Some(failure.problem)).await;
@@ -442,6 +535,7 @@ impl Node {
                 biased;
                 () = self.cancel.cancelled() => return,
                 () = job.cancel.cancelled() => return self.end_transfer(&job, TransferState::Cancelled, None).await,
+                () = paused.cancelled() => return self.end_transfer(&job, TransferState::Paused, None).await,
                 () = job.poke.notified() => pause = FIRST_PAUSE,
                 () = tokio::time::sleep(jittered(pause, job.id)) => {}
             }

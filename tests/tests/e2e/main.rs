@@ -17,6 +17,7 @@ mod memory;
 mod merge;
 mod mounts;
 mod openzfs;
+mod paused;
 mod postgres;
 mod push;
 mod readme;

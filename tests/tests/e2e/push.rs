@@ -283,7 +283,7 @@ fn a_kept_connection_to_a_peer_that_was_killed_is_in_nobodys_way() {
     assert_equal(&mount, &b.mount("db"));
     // Where nobody answers any more, that is what is said.
     b.kill9();
-    a.cli(&["push", "db@two", "host-b"]).ends_with(1).says(&["cannot reach host-b"]);
+    a.cli(&["push", "db@two", "host-b"]).ends_with(5).says(&["cannot reach host-b"]);
 }
 
 #[test]
