@@ -42,7 +42,7 @@ fn a_limit_holds_back_a_push_and_a_pull() {
     assert_held_back(&pull);
     assert_equal(&mount, &b.mount("db"));
     assert_equal(&mount, &b.mount("copy"));
-    a.cli(&["push", "db@one", "host-b", "--limit", "10"]).ends_with(1).says(&["at least 1024"]);
+    a.cli(&["push", "db@one", "host-b", "--limit", "10"]).ends_with(2).says(&["at least 1024"]);
 }
 
 /// Starts a transfer that takes some ten seconds, and waits until a part of it has arrived.
