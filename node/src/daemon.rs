@@ -47,8 +47,9 @@ const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often parked streams and receives are looked through.
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How many connections peers may have open at once; most of them wait for their next use.
-const CONNECTIONS_LIMIT: usize = 512;
+/// How many connections peers may have open at once: those of the exchanges that are served, and as many again and more that
+/// wait for their next use.
+const CONNECTIONS_LIMIT: usize = 192;
 
 /// What `flocker node start` was asked for.
 pub struct DaemonRequest {

@@ -24,7 +24,7 @@ pub(crate) const SERVED_IDLE: Duration = Duration::from_secs(5 * 60);
 /// How old a connection may be to be used once more: certificates and what is known of peers are checked when it begins.
 const AGE: Duration = Duration::from_secs(3600);
 /// How many wait for each peer; a burst of transfers needs more, and closes the surplus.
-const PER_PEER: usize = 4;
+const PER_PEER: usize = 2;
 
 /// The connections that wait, newest last.
 #[derive(Default)]

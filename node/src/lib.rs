@@ -20,6 +20,7 @@ mod pull;
 mod push;
 mod receive;
 mod resolve;
+mod rest;
 pub mod setup;
 #[cfg(feature = "simulation")]
 pub mod simulation;

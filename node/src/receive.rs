@@ -4,7 +4,7 @@
 //! a delta is applied (the driver), and what becomes of a receive whose line is cut ([`crate::inbox`]). Neighbour:
 //! [`crate::push`] is the other side.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -62,8 +62,10 @@ pub(crate) struct Replication {
     slots: Semaphore,
 }
 
-/// How many exchanges are served at once, each with up to a transfer's memory; more are sent away as busy.
+/// How many exchanges are served at once, each with up to a transfer's memory; more wait a while and are sent away as busy.
 const EXCHANGES_LIMIT: usize = 64;
+/// How long an exchange waits for another one to end.
+const SLOT_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[async_trait]
 impl Handler for Replication {
@@ -86,7 +88,7 @@ impl Handler for Replication {
                 Ok(Err(error)) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
                 Err(_) => return connection.close(CloseCode::Done, "idle"),
             };
-            let Ok(_slot) = self.slots.try_acquire() else {
+            let Ok(Ok(_slot)) = tokio::time::timeout(SLOT_TIMEOUT, self.slots.acquire()).await else {
                 tracing::warn!(peer = %name, "refused an exchange: {EXCHANGES_LIMIT} are served");
                 return connection.close(CloseCode::Busy, "");
             };

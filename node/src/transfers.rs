@@ -59,9 +59,6 @@ const WARNINGS_LIMIT: usize = 100;
 /// The stretch of time that the rate is taken over.
 const RATE_WINDOW: Duration = Duration::from_secs(3);
 
-/// How long a pause waits for the attempt under way to end.
-const REST_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// An attempt that came to nothing: whether trying again may help, and what the user is told.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -90,13 +87,13 @@ pub(crate) struct Job {
     /// Cancelled by a user.
     pub(crate) cancel: CancellationToken,
     /// Paused by a user; a new one each time it is resumed.
-    pause: Mutex<CancellationToken>,
+    pub(crate) pause: Mutex<CancellationToken>,
     /// Held while attempts are made.
-    work: tokio::sync::Mutex<()>,
+    pub(crate) work: tokio::sync::Mutex<()>,
     /// A format of the drivers' own did not fit: what is left goes in the portable one.
     portable: AtomicBool,
     /// Asked for again, or the peer is there again: no more pause.
-    poke: Notify,
+    pub(crate) poke: Notify,
     status: Mutex<Status>,
 }
 
@@ -149,7 +146,7 @@ impl Job {
     }
 
     /// Makes a paused transfer ready for further attempts. The time it rested does not count.
-    fn unpause(&self) {
+    pub(crate) fn unpause(&self) {
         *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = CancellationToken::new();
         let mut status = self.status();
         let now = Instant::now();
@@ -263,17 +260,6 @@ impl Job {
             status.resource.finished = Some(clock::now());
         }
     }
-}
-
-/// Refuses what needs a transfer that is not over.
-fn check_open(job: &Job, verb: &str) -> Result<()> {
-    let resource = job.resource();
-    if !resource.state.is_final() {
-        return Ok(());
-    }
-    let state = serde_json::to_value(resource.state).unwrap_or_default();
-    let detail = format!("cannot {verb} transfer {}: it is over ({})", job.id, state.as_str().unwrap_or_default());
-    Err(problem(409, "transfer_over", detail).hint("push or pull again").with("state", resource.state))
 }
 
 /// Stretches a pause by up to a half, differently for each transfer, so that many that lost one peer do not come back at
@@ -436,47 +422,6 @@ impl Node {
             .with("transfer", job.id))
     }
 
-    /// Lets a transfer rest. Returns once it does, as far as that takes no longer than [`REST_TIMEOUT`].
-    pub(crate) async fn pause_transfer(&self, job: &Job) -> Result<TransferResource> {
-        check_open(job, "pause")?;
-        job.pause().cancel();
-        // Who makes attempts ends with the one under way; whatever it ends as is written down then.
-        let _ = tokio::time::timeout(REST_TIMEOUT, job.work.lock()).await;
-        check_open(job, "pause")?;
-        Ok(job.resource())
-    }
-
-    /// Goes on with a paused transfer; one that waits for its peer waits no longer.
-    pub(crate) async fn resume_transfer(self: &Arc<Self>, job: &Arc<Job>) -> Result<TransferResource> {
-        check_open(job, "resume")?;
-        if !job.pause().is_cancelled() && job.resource().state != TransferState::Paused {
-            job.poke.notify_one();
-            return Ok(job.resource());
-        }
-        let late = |_| problem(409, "busy", "it is still coming to rest").hint("try again in a moment");
-        let work = tokio::time::timeout(REST_TIMEOUT, job.work.lock()).await.map_err(late)?;
-        check_open(job, "resume")?;
-        if job.resource().state == TransferState::Paused {
-            job.unpause();
-            let resource = job.resource();
-            self.state.put_transfer(&job.request, &resource).await?;
-            self.tasks.spawn(self.clone().run_transfer(job.clone()));
-        }
-        drop(work);
-        Ok(job.resource())
-    }
-
-    /// Cancels a transfer. One that rests has nobody who would notice.
-    pub(crate) async fn cancel_transfer(&self, job: &Job) -> TransferResource {
-        job.cancel.cancel();
-        if let Ok(_work) = job.work.try_lock()
-            && job.resource().state == TransferState::Paused
-        {
-            self.end_transfer(job, TransferState::Cancelled, None).await;
-        }
-        job.resource()
-    }
-
     /// Goes on with what a stop or a crash of the daemon interrupted.
     pub(crate) fn resume_transfers(self: &Arc<Self>) {
         let jobs: Vec<Arc<Job>> = self.transfers.lock().values().cloned().collect();
@@ -487,7 +432,7 @@ impl Node {
     }
 
     /// Makes attempts until the transfer comes to an end.
-    async fn run_transfer(self: Arc<Self>, job: Arc<Job>) {
+    pub(crate) async fn run_transfer(self: Arc<Self>, job: Arc<Job>) {
         let _work = job.work.lock().await;
         let (paused, mut pause) = (job.pause(), FIRST_PAUSE);
         loop {
@@ -565,7 +510,7 @@ impl Node {
         self.end_transfer(job, state, None).await;
     }
 
-    async fn end_transfer(&self, job: &Job, state: TransferState, problem: Option<ApiProblem>) {
+    pub(crate) async fn end_transfer(&self, job: &Job, state: TransferState, problem: Option<ApiProblem>) {
         job.ended(state, problem);
         let resource = job.resource();
         if let Err(error) = self.state.put_transfer(&job.request, &resource).await {

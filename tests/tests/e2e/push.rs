@@ -264,6 +264,29 @@ fn exchanges_one_after_the_other_share_a_connection() {
     assert_equal(&mount, &b.mount("db"));
 }
 
+/// A node serves 64 exchanges at once.
+#[test]
+fn more_pushes_at_once_than_a_node_serves_all_arrive() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let names: Vec<String> = (0..80).map(|number| format!("v{number}")).collect();
+    for name in &names {
+        a.cli(&["create", name]).ok();
+        a.cli(&["snapshot", &format!("{name}@one")]).ok();
+    }
+    let request = serde_json::json!({"peer": "host-b", "snapshot": "one"});
+    for name in &names {
+        a.http("POST", &format!("/v1/volumes/{name}/push"), Some(&request)).is(202);
+    }
+    flocker_tests::wait_until("all pushes come to rest", flocker_tests::LONG, || {
+        let transfers = array(&a.cli(&["transfers"]).ok().json());
+        transfers.iter().all(|transfer| transfer["finished"] != Value::Null).then_some(())
+    });
+
+    let there = histories(b);
+    assert!(names.iter().all(|name| there[name] == ["one"]), "{there:?}");
+}
+
 #[test]
 fn a_kept_connection_to_a_peer_that_was_killed_is_in_nobodys_way() {
     let mut cluster = Cluster::start(2);
