@@ -36,10 +36,14 @@ impl Node {
         let late = |_| problem(409, "busy", "it is still coming to rest").hint("try again in a moment");
         let work = tokio::time::timeout(REST_TIMEOUT, job.work.lock()).await.map_err(late)?;
         check_open(job, "resume")?;
-        if job.resource().state == TransferState::Paused {
-            job.unpause();
-            let resource = job.resource();
+        let rested = job.resource().state == TransferState::Paused;
+        if rested {
+            let resource = TransferResource { state: TransferState::Running, ..job.resource() };
             self.state.put_transfer(&job.request, &resource).await?;
+        }
+        job.unpause();
+        // One that was paused before its first attempt has not rested: it will find nothing to stop it.
+        if rested {
             self.tasks.spawn(self.clone().run_transfer(job.clone()));
         }
         drop(work);
