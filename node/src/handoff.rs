@@ -27,7 +27,7 @@ use flocker_storage::{
     fault,
     model::{HeadState, Host, NodeName, Role, SnapshotId, SnapshotName, VolumeId, VolumeName, VolumeRecord},
 };
-use flocker_transport::{CloseCode, NO_PROGRESS};
+use flocker_transport::NO_PROGRESS;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 
@@ -39,8 +39,7 @@ use crate::{
     catalog::Volume,
     daemon::Node,
     line::Line,
-    peers::PUSH_ALPN,
-    problem::{Result, internal, problem},
+    problem::{Result, STALE_LINE, internal, problem},
     state::{MountRow, Operation},
     transfers::Failure,
 };
@@ -376,6 +375,10 @@ impl Node {
                     self.handed_off(handoff, host).await?;
                     return Ok(taken);
                 }
+                Err(failure) if failure.problem.code == STALE_LINE => {
+                    self.kept.forget(&handoff.peer);
+                    continue;
+                }
                 Err(failure) => failure,
             };
             let says_no = failure.problem.code.starts_with("peer_") && failure.problem.code != "peer_unreachable";
@@ -407,8 +410,8 @@ impl Node {
             return Err(internal("what is handed over is not here any more").into());
         };
         let row = self.find_peer(&handoff.peer).await?;
-        let connection = self.connect(&row, PUSH_ALPN).await?;
-        let mut line = Line::open(row.name, &connection).await?;
+        let lent = self.lend(&row).await?;
+        let mut line = Line::open(row.name, &lent).await?;
         let request =
             TakeOver { protocol: PROTOCOL, name: known.record.name, volume: handoff.volume, tip, epoch: handoff.epoch };
         line.send(&Message::TakeOver(Box::new(request))).await?;
@@ -416,7 +419,8 @@ impl Node {
             Message::TakenOver(taken) => taken,
             other => return Err(line.broke(format!("{} instead of taking over", other.kind())).into()),
         };
-        connection.close(CloseCode::Done, "");
+        drop(line);
+        self.give_back(lent);
         Ok(taken)
     }
 

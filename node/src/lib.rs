@@ -11,6 +11,7 @@ mod diff;
 mod handoff;
 mod history;
 mod inbox;
+mod kept;
 mod line;
 mod merge;
 mod mounts;
@@ -21,6 +22,7 @@ mod pull;
 mod push;
 mod receive;
 mod resolve;
+mod rest;
 pub mod setup;
 #[cfg(feature = "simulation")]
 pub mod simulation;

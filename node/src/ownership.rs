@@ -27,7 +27,7 @@ use flocker_storage::{
     fault,
     model::{Claim, HeadState, Host, NodeName, Role, VolumeId, VolumeName, VolumeRecord},
 };
-use flocker_transport::{CloseCode, NO_PROGRESS};
+use flocker_transport::NO_PROGRESS;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -38,8 +38,7 @@ use crate::{
     config::Verb,
     daemon::Node,
     line::Line,
-    peers::PUSH_ALPN,
-    problem::{Result, problem},
+    problem::{Result, STALE_LINE, problem},
     state::PeerRow,
     transfers::Failure,
 };
@@ -379,7 +378,14 @@ impl Node {
         let row = self.find_peer(peer).await?;
         let ids: Vec<VolumeId> = own.keys().copied().collect();
         for some in ids.chunks(CLAIMS_LIMIT) {
-            for told in self.ask_claims(&row, some).await? {
+            let told = match self.ask_claims(&row, some).await {
+                Err(failure) if failure.problem.code == STALE_LINE => {
+                    self.kept.forget(peer);
+                    self.ask_claims(&row, some).await?
+                }
+                told => told?,
+            };
+            for told in told {
                 let follows = Follows { epoch: told.epoch, primary: told.primary };
                 let is_newer = own.get(&told.volume).is_some_and(|claim| follows.claim() > *claim);
                 if told.role == Role::Primary && is_newer {
@@ -392,14 +398,15 @@ impl Node {
     }
 
     async fn ask_claims(&self, row: &PeerRow, volumes: &[VolumeId]) -> std::result::Result<Vec<VolumeClaim>, Failure> {
-        let connection = self.connect(row, PUSH_ALPN).await?;
-        let mut line = Line::open(row.name.clone(), &connection).await?;
+        let lent = self.lend(row).await?;
+        let mut line = Line::open(row.name.clone(), &lent).await?;
         line.send(&Message::AskClaims(AskClaims { protocol: PROTOCOL, volumes: volumes.to_vec() })).await?;
         let claims = match line.recv(NO_PROGRESS).await? {
             Message::Claims(claims) => claims,
             other => return Err(line.broke(format!("{} instead of claims", other.kind())).into()),
         };
-        connection.close(CloseCode::Done, "");
+        drop(line);
+        self.give_back(lent);
         Ok(claims)
     }
 

@@ -16,6 +16,10 @@ use crate::{api::types::ApiProblem, state::StateError};
 /// The code of a step that a format cannot carry and the portable one can; from a peer it comes with `peer_` before it.
 pub(crate) const FORMAT_UNFIT: &str = "format_unfit";
 
+/// The code of an exchange on a kept connection whose peer did not answer any more: to be tried again at once on a new one. Users
+/// do not see it.
+pub(crate) const STALE_LINE: &str = "stale_line";
+
 /// The result of one of the node's verbs.
 pub(crate) type Result<T> = std::result::Result<T, ApiProblem>;
 

@@ -327,10 +327,13 @@ fn a_crash_at_any_step_of_a_resolution_is_followed_by_the_rest_of_it() {
         wait_until(&format!("host-b dies at {point}"), LONG, || b.is_dead().then_some(()));
         b.kill9();
         b.fault = None;
-        b.start();
-        assert_sound(b);
+        // What the crash left is looked at before the sender goes on.
+        let found = a.frozen(|| {
+            b.start();
+            assert_sound(b);
+            holdings(b, &volume)
+        });
         // What it holds is the old history with the incoming one beside it, or the new one with the old one beside it.
-        let found = holdings(b, &volume);
         assert!(
             found.values().any(|held| held.ends_with("= precious") || held.ends_with("= other")),
             "{point}: {found:?}"

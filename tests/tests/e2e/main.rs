@@ -18,6 +18,7 @@ mod merge;
 mod mounts;
 mod openzfs;
 mod ownership;
+mod paused;
 mod postgres;
 mod push;
 mod readme;
