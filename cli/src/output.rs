@@ -324,6 +324,7 @@ pub(crate) fn state_word(state: TransferState) -> &'static str {
     match state {
         TransferState::Running => "running",
         TransferState::Interrupted => "interrupted",
+        TransferState::Paused => "paused",
         TransferState::Done => "done",
         TransferState::Refused => "refused",
         TransferState::Failed => "failed",

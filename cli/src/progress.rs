@@ -106,11 +106,12 @@ struct Display {
     bar: Option<ProgressBar>,
     steps_told: u32,
     interruption_told: bool,
+    pause_told: bool,
 }
 
 impl Display {
     fn new(output: Output) -> Self {
-        Self { output, bar: None, steps_told: 0, interruption_told: false }
+        Self { output, bar: None, steps_told: 0, interruption_told: false, pause_told: false }
     }
 
     fn show(&mut self, transfer: &TransferResource) {
@@ -154,6 +155,10 @@ impl Display {
             let why = transfer.problem.as_ref().map(|problem| format!(": {problem}")).unwrap_or_default();
             self.output.talk(&format!("{}: interrupted{why}; waiting for it to go on", route(transfer)));
         }
+        if transfer.state == TransferState::Paused && !self.pause_told {
+            self.output.talk(&format!("{}: paused; waiting until somebody resumes it", route(transfer)));
+        }
+        self.pause_told = transfer.state == TransferState::Paused;
     }
 }
 
@@ -170,6 +175,9 @@ fn running_line(transfer: &TransferResource) -> String {
     let progress = &transfer.progress;
     if transfer.state == TransferState::Interrupted {
         return "interrupted, waiting for the peer".to_owned();
+    }
+    if transfer.state == TransferState::Paused {
+        return "paused, waiting until somebody resumes it".to_owned();
     }
     let mut line = human_bytes(progress.delta_bytes);
     if let Some(expected) = progress.expected_bytes {

@@ -30,13 +30,14 @@ use crate::{
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths, WIPE_IS_NOT_KEPT},
     inbox::Inbox,
+    kept::Kept,
     mounts::{Mounts, symlink_note},
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
     push::Streams,
     receive::Replication,
     state::State,
-    transfers::Transfers,
+    transfers::{Job, Transfers},
 };
 
 /// How long a stop waits for work to reach an end or a point to go on from.
@@ -45,6 +46,10 @@ const GRACE: Duration = Duration::from_secs(10);
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often parked streams and receives are looked through.
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How many connections peers may have open at once: those of the exchanges that are served, and as many again and more that
+/// wait for their next use.
+const CONNECTIONS_LIMIT: usize = 192;
 
 /// What `flocker node start` was asked for.
 pub struct DaemonRequest {
@@ -116,6 +121,7 @@ pub(crate) struct Node {
     pub(crate) transfers: Transfers,
     pub(crate) streams: Streams,
     pub(crate) inbox: Inbox,
+    pub(crate) kept: Kept,
     pub(crate) endpoint: Endpoint,
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
@@ -282,6 +288,7 @@ impl Node {
             transfers,
             streams: Streams::default(),
             inbox: Inbox::default(),
+            kept: Kept::default(),
             endpoint,
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
@@ -305,17 +312,19 @@ impl Node {
         Ok(node)
     }
 
-    /// Closes a connection when a user cancels or the node stops, so that whoever uses it unwinds; until the guard is
-    /// dropped.
-    pub(crate) fn close_on_cancel(&self, connection: &Connection, user: &CancellationToken) -> DropGuard {
+    /// Closes a connection when a user cancels or pauses the job or the node stops, so that whoever uses it unwinds; until the
+    /// guard is dropped.
+    pub(crate) fn close_on_stop(&self, connection: &Connection, job: Option<&Job>) -> DropGuard {
         let over = CancellationToken::new();
         let (guard, watch) = (over.clone().drop_guard(), over);
-        let (connection, user, node) = (connection.clone(), user.clone(), self.cancel.clone());
+        let (connection, node) = (connection.clone(), self.cancel.clone());
+        let (cancelled, paused) = job.map_or_else(Default::default, |job| (job.cancel.clone(), job.pause()));
         self.tasks.spawn(async move {
             tokio::select! {
                 biased;
                 () = watch.cancelled() => {}
-                () = user.cancelled() => connection.close(CloseCode::Cancelled, ""),
+                () = cancelled.cancelled() => connection.close(CloseCode::Cancelled, ""),
+                () = paused.cancelled() => connection.close(CloseCode::Paused, ""),
                 () = node.cancelled() => connection.close(CloseCode::ShuttingDown, ""),
             }
         });
@@ -331,13 +340,15 @@ impl Node {
             }
             self.streams.drop_stale();
             self.inbox.suspend_stale().await;
+            self.kept.tidy();
         }
     }
 
     /// Serves peers, and goes on with what was interrupted.
     pub(crate) async fn begin(self: &Arc<Self>, accepting: &CancellationToken) -> JoinSet<()> {
         let router = Router::new()
-            .members(ALPN, Arc::new(Replication(self.clone())))
+            .max_connections(CONNECTIONS_LIMIT)
+            .members(ALPN, Arc::new(Replication::new(self.clone())))
             .members(MEMBER_ALPN, Arc::new(Membership(self.clone())))
             .anyone(ENROL_ALPN, Arc::new(Enrolment(self.clone())));
         let mut services = JoinSet::new();

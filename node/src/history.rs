@@ -11,7 +11,7 @@ use std::{
 
 use flocker_replication::message::{Describe, Description, Message, PROTOCOL};
 use flocker_storage::model::{HeldSnapshot, NodeName, SnapshotId, VolumeId, VolumeName};
-use flocker_transport::{CloseCode, NO_PROGRESS};
+use flocker_transport::NO_PROGRESS;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -19,8 +19,7 @@ use crate::{
     catalog::Volume,
     daemon::Node,
     line::Line,
-    peers::PUSH_ALPN,
-    problem::{Result, problem},
+    problem::{Result, STALE_LINE, problem},
     state::PeerRow,
     transfers::Failure,
 };
@@ -157,14 +156,25 @@ impl Node {
     }
 
     async fn describe_at(&self, row: PeerRow, name: &VolumeName) -> std::result::Result<Description, Failure> {
-        let connection = self.connect(&row, PUSH_ALPN).await?;
-        let mut line = Line::open(row.name, &connection).await?;
+        loop {
+            let described = self.ask_to_describe(&row, name).await;
+            match described {
+                Err(failure) if failure.problem.code == STALE_LINE => self.kept.forget(&row.name),
+                described => return described,
+            }
+        }
+    }
+
+    async fn ask_to_describe(&self, row: &PeerRow, name: &VolumeName) -> std::result::Result<Description, Failure> {
+        let lent = self.lend(row).await?;
+        let mut line = Line::open(row.name.clone(), &lent).await?;
         line.send(&Message::Describe(Describe { protocol: PROTOCOL, volume: name.clone() })).await?;
         let description = match line.recv(NO_PROGRESS).await? {
             Message::Description(description) => *description,
             other => return Err(line.broke(format!("{} instead of a description", other.kind())).into()),
         };
-        connection.close(CloseCode::Done, "");
+        drop(line);
+        self.give_back(lent);
         Ok(description)
     }
 }

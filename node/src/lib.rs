@@ -10,6 +10,7 @@ pub mod daemon;
 mod diff;
 mod history;
 mod inbox;
+mod kept;
 mod line;
 mod merge;
 mod mounts;
@@ -19,6 +20,7 @@ mod pull;
 mod push;
 mod receive;
 mod resolve;
+mod rest;
 pub mod setup;
 #[cfg(feature = "simulation")]
 pub mod simulation;

@@ -7,14 +7,21 @@ use std::{sync::Arc, time::Duration};
 
 use flocker_replication::message::{Message, Problem};
 use flocker_storage::{driver::Finding, model::NodeName};
-use flocker_transport::{CloseCode, Connection, Exchange, NO_PROGRESS};
+use flocker_transport::{CloseCode, Connection, ErrorKind, Exchange, NO_PROGRESS};
+use tokio::time::Instant;
 
 use crate::{
     api::types::ApiProblem,
+    kept::Lent,
     peers::link_problem,
-    problem::{self, problem},
+    problem::{self, STALE_LINE, problem},
     transfers::{Failure, Job},
 };
+
+/// How long a peer on a kept connection may be silent altogether, without so much as an acknowledgement, until it counts as gone.
+const SILENCE: Duration = Duration::from_secs(3);
+/// How often it is looked whether something came.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A conversation with a peer: its name for errors, the connection and the control stream.
 pub(crate) struct Line<'a> {
@@ -24,21 +31,30 @@ pub(crate) struct Line<'a> {
     pub(crate) connection: &'a Connection,
     /// The control stream.
     pub(crate) exchange: Exchange,
+    /// On a kept connection until the peer's first message: the bytes received before. The peer may be gone, and a failure says
+    /// nothing yet.
+    untried: Option<u64>,
 }
 
 impl<'a> Line<'a> {
-    /// Opens the control stream of a new connection.
-    pub(crate) async fn open(peer: NodeName, connection: &'a Connection) -> Result<Self, Failure> {
-        let exchange = connection
-            .open_exchange()
-            .await
-            .map_err(|error| Failure { transient: error.kind.is_transient(), problem: link_problem(&peer, &error) })?;
-        Ok(Self { peer, connection, exchange })
+    /// Opens a control stream on a connection, new or kept.
+    pub(crate) async fn open(peer: NodeName, lent: &'a Lent) -> Result<Self, Failure> {
+        let connection = &lent.connection;
+        let untried = lent.was_kept.then(|| connection.wire_bytes().1);
+        match connection.open_exchange().await {
+            Ok(exchange) => Ok(Self { peer, connection, exchange, untried }),
+            Err(error) => Err(failure(&peer, &error, untried)),
+        }
+    }
+
+    /// Takes over a control stream that the peer opened.
+    pub(crate) fn served(peer: NodeName, connection: &'a Connection, exchange: Exchange) -> Self {
+        Self { peer, connection, exchange, untried: None }
     }
 
     /// Turns a failure of the line into words.
     pub(crate) fn failed(&self, error: flocker_transport::Error) -> Failure {
-        Failure { transient: error.kind.is_transient(), problem: link_problem(&self.peer, &error) }
+        failure(&self.peer, &error, self.untried)
     }
 
     /// Sends a message.
@@ -48,7 +64,16 @@ impl<'a> Line<'a> {
 
     /// Receives a message that is in order. A problem the peer reports becomes a failure.
     pub(crate) async fn recv(&mut self, wait: Duration) -> Result<Message, Failure> {
-        let message = self.exchange.recv_within(wait).await.map_err(|error| self.failed(error))?;
+        let message = match self.untried {
+            None => self.exchange.recv_within(wait).await,
+            Some(before) => tokio::select! {
+                biased;
+                message = self.exchange.recv_within(wait) => message,
+                () = silence(self.connection, before) => return Err(stale(&self.peer, "it is silent")),
+            },
+        };
+        let message = message.map_err(|error| self.failed(error))?;
+        self.untried = None;
         self.understand(message)
     }
 
@@ -106,5 +131,30 @@ impl<'a> Line<'a> {
         let _ = self.exchange.send_within(&Message::Problem(problem.clone()), NO_PROGRESS).await;
         self.exchange.finish();
         let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
+    }
+}
+
+fn failure(peer: &NodeName, error: &flocker_transport::Error, untried: Option<u64>) -> Failure {
+    let is_gone =
+        error.kind.is_transient() || matches!(error.kind, ErrorKind::ClosedByPeer { .. } | ErrorKind::ClosedHere);
+    match untried {
+        Some(_) if is_gone => stale(peer, problem::chain(error)),
+        _ => Failure { transient: error.kind.is_transient(), problem: link_problem(peer, error) },
+    }
+}
+
+fn stale(peer: &NodeName, why: impl std::fmt::Display) -> Failure {
+    let detail = format!("the kept connection to {peer} cannot be used any more: {why}");
+    Failure { transient: true, problem: problem(502, STALE_LINE, detail) }
+}
+
+/// Ends when nothing at all came over a connection for [`SILENCE`].
+async fn silence(connection: &Connection, before: u64) {
+    let began = Instant::now();
+    while began.elapsed() < SILENCE {
+        if connection.wire_bytes().1 > before {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(LOOK).await;
     }
 }

@@ -13,6 +13,7 @@ use flocker_transport::{ALPN, CloseCode, Connection, ErrorKind as LinkErrorKind,
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -50,6 +51,8 @@ struct Members {
 #[derive(Default)]
 pub(crate) struct Peers {
     rows: Mutex<BTreeMap<String, PeerRow>>,
+    /// By NodeId: told whenever the peer was heard from.
+    heard: Mutex<BTreeMap<String, Arc<Notify>>>,
 }
 
 impl Peers {
@@ -60,7 +63,12 @@ impl Peers {
     /// Reads the peers from the state database.
     pub(crate) async fn load(state: &State) -> Result<Self> {
         let rows = state.peers().await?.into_iter().map(|row| (row.node_id.clone(), row)).collect();
-        Ok(Self { rows: Mutex::new(rows) })
+        Ok(Self { rows: Mutex::new(rows), heard: Mutex::default() })
+    }
+
+    fn heard(&self, node_id: &str) -> Arc<Notify> {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.entry(node_id.to_owned()).or_default().clone()
     }
 
     fn by_name(&self, name: &NodeName) -> Option<PeerRow> {
@@ -121,7 +129,7 @@ impl Node {
                     continue;
                 }
             };
-            match self.endpoint.connect(resolved, Some(expected), alpn).await {
+            match self.dial(row, resolved, expected, alpn).await {
                 Ok(connection) => {
                     self.seen(row).await;
                     return Ok(connection);
@@ -133,6 +141,25 @@ impl Node {
             }
         }
         Err(last)
+    }
+
+    /// Connects to one address. A handshake that waits for its next try begins anew, once, when the peer is heard from: it may
+    /// have just started.
+    async fn dial(
+        &self,
+        row: &PeerRow,
+        address: SocketAddr,
+        expected: NodeId,
+        alpn: &'static [u8],
+    ) -> flocker_transport::Result<Connection> {
+        let heard = self.peers.heard(&row.node_id);
+        let heard = heard.notified();
+        tokio::select! {
+            biased;
+            connected = self.endpoint.connect(address, Some(expected), alpn) => return connected,
+            () = heard => {}
+        }
+        self.endpoint.connect(address, Some(expected), alpn).await
     }
 
     async fn seen(&self, row: &PeerRow) {
@@ -375,6 +402,9 @@ impl Membership {
         let mut exchange = connection.accept_exchange().await?;
         let news: Members = exchange.recv_within(ANSWER_TIMEOUT).await?;
         self.0.learn(news.members, &peer).await;
+        // It is there, and may have just started: what waits for it goes on.
+        self.0.peers.heard(&peer.node_id.to_string()).notify_waiters();
+        self.0.transfers.peer_is_there(&peer.name);
         exchange.send_within(&Members { members: self.0.known_members() }, ANSWER_TIMEOUT).await?;
         linger(exchange, connection).await;
         Ok(())

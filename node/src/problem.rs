@@ -19,6 +19,10 @@ pub(crate) const FORMAT_UNFIT: &str = "format_unfit";
 /// The code of a divergence that cannot be resolved in the way that was asked for.
 pub(crate) const POLICY_UNSUPPORTED: &str = "policy_unsupported";
 
+/// The code of an exchange on a kept connection whose peer did not answer any more: to be tried again at once on a new one. Users
+/// do not see it.
+pub(crate) const STALE_LINE: &str = "stale_line";
+
 /// The result of one of the node's verbs.
 pub(crate) type Result<T> = std::result::Result<T, ApiProblem>;
 

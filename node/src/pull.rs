@@ -8,12 +8,11 @@ use flocker_replication::{
     resolution::{self, Way},
 };
 use flocker_storage::model::{SnapshotName, VolumeName};
-use flocker_transport::{CloseCode, NO_PROGRESS};
+use flocker_transport::NO_PROGRESS;
 
 use crate::{
     daemon::Node,
     line::Line,
-    peers::PUSH_ALPN,
     push,
     receive::{self, Receipt},
     resolve::Concluded,
@@ -55,9 +54,9 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
 /// Fetches a history from the transfer's peer.
 pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> Result<Concluded, Failure> {
     let row = node.find_peer(&job.request.peer).await?;
-    let connection = node.connect(&row, PUSH_ALPN).await?;
-    let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let mut line = Line::open(row.name, &connection).await?;
+    let lent = node.lend(&row).await?;
+    let watch = node.close_on_stop(&lent.connection, Some(job));
+    let mut line = Line::open(row.name, &lent).await?;
     let Wanted { volume, snapshot, name, policy, mode } = wanted;
     let request = PullRequest {
         protocol: PROTOCOL,
@@ -68,6 +67,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> R
         policy,
         mode,
         receiver: node.host(),
+        limit_bytes_per_second: job.request.limit_bytes_per_second,
     };
     line.send(&Message::PullRequest(Box::new(request.clone()))).await?;
     let offer: Offer = match line.recv(NO_PROGRESS).await? {
@@ -84,8 +84,9 @@ pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> R
     job.met_peer();
     let receipt = Receipt { offer, job: Some(job.clone()), pusher: None };
     let concluded = receive::receive(node, &mut line, receipt).await?;
-    // The peer's story ends with this node's last message: it must arrive before the line is closed.
-    let _ = line.exchange.flush(NO_PROGRESS).await;
-    connection.close(CloseCode::Done, "");
+    // The peer's story ends with this node's last message: only then the connection is free.
+    line.exchange.flush(NO_PROGRESS).await.map_err(|error| line.failed(error))?;
+    drop((line, watch));
+    node.give_back(lent);
     Ok(concluded)
 }

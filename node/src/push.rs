@@ -9,6 +9,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroU64,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -29,7 +30,7 @@ use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
     model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSource, CloseCode, NO_PROGRESS, Outgoing, OutgoingLimits};
+use flocker_transport::{BoxError, BulkError, ChunkSource, NO_PROGRESS, Outgoing, OutgoingLimits};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -37,7 +38,6 @@ use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
     line::Line,
-    peers::PUSH_ALPN,
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -67,6 +67,8 @@ pub(crate) struct Sending {
     pub(crate) mode: Mode,
     /// How changed files are found.
     pub(crate) compare: Compare,
+    /// Bytes per second on the wire, at most.
+    pub(crate) limit: Option<NonZeroU64>,
 }
 
 /// One attempt of a push started here.
@@ -77,9 +79,9 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
     let volume = node.catalog.find(&job.volume)?;
     let want = node.sendable(&volume, snapshot).await?;
     let row = node.find_peer(&job.request.peer).await?;
-    let connection = node.connect(&row, PUSH_ALPN).await?;
-    let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let mut line = Line::open(row.name, &connection).await?;
+    let lent = node.lend(&row).await?;
+    let watch = node.close_on_stop(&lent.connection, Some(job));
+    let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
         direction: Direction::Push,
@@ -89,9 +91,11 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
         policy: job.request.on_divergence,
         mode: if job.request.dry_run { Mode::DryRun } else { Mode::Run },
         compare: job.request.compare,
+        limit: job.request.limit_bytes_per_second,
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
-    connection.close(CloseCode::Done, "");
+    drop((line, watch));
+    node.give_back(lent);
     if resolution::way(sending.policy, (&concluded.outcome.verdict).into()) == Way::Reverse && sending.mode == Mode::Run
     {
         return reverse(node, job, concluded.outcome).await;
@@ -127,9 +131,9 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
         return Err(problem(404, "snapshot_not_found", format!("{} has no snapshot here", found.name)).into());
     };
     let row = node.find_peer(&job.request.peer).await?;
-    let connection = node.connect(&row, PUSH_ALPN).await?;
-    let _watch = node.close_on_cancel(&connection, &job.cancel);
-    let mut line = Line::open(row.name, &connection).await?;
+    let lent = node.lend(&row).await?;
+    let watch = node.close_on_stop(&lent.connection, Some(job));
+    let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
         direction: Direction::Push,
@@ -139,9 +143,11 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
         policy: DivergencePolicy::Theirs,
         mode: Mode::Run,
         compare: job.request.compare,
+        limit: job.request.limit_bytes_per_second,
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
-    connection.close(CloseCode::Done, "");
+    drop((line, watch));
+    node.give_back(lent);
     Ok(concluded.reversed(found))
 }
 
@@ -293,7 +299,7 @@ async fn send_step(
     let parked = node.streams.take(sending.transfer).filter(|stream| stream.fits(step));
     let mut stream = match parked {
         Some(stream) => stream,
-        None => Stream::new(step),
+        None => Stream::new(step, sending.limit),
     };
     let begin = begin_step(number, step, lineage, answer, &stream)?;
     line.send(&Message::BeginStep(Box::new(begin))).await?;
@@ -384,7 +390,8 @@ async fn step_failed(
     match error {
         BulkError::Interrupted(error) => {
             let failure = line.failed(error);
-            if failure.transient && !job.is_some_and(|job| job.cancel.is_cancelled()) {
+            let is_paused = job.is_some_and(|job| job.pause().is_cancelled());
+            if is_paused || (failure.transient && !job.is_some_and(|job| job.cancel.is_cancelled())) {
                 node.streams.park(sending.transfer, stream);
             }
             failure
@@ -411,19 +418,21 @@ pub(crate) struct Stream {
     target: SnapshotKey,
     base: Option<SnapshotKey>,
     format: DeltaFormat,
+    limit: Option<NonZeroU64>,
     outgoing: Outgoing,
     source: Option<DeltaSource>,
     parked: Instant,
 }
 
 impl Stream {
-    fn new(step: &Step) -> Self {
+    fn new(step: &Step, limit: Option<NonZeroU64>) -> Self {
         Self {
             id: Uuid::new_v4(),
             target: step.snapshot.key(),
             base: step.base.map(|base| base.on_sender),
             format: step.format.clone(),
-            outgoing: Outgoing::new(OutgoingLimits::default()),
+            limit,
+            outgoing: outgoing(limit),
             source: None,
             parked: Instant::now(),
         }
@@ -445,10 +454,14 @@ impl Stream {
         let request =
             DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
         let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
-        self.outgoing = Outgoing::new(OutgoingLimits::default());
+        self.outgoing = outgoing(self.limit);
         self.source = Some(DeltaSource(reader));
         Ok(0)
     }
+}
+
+fn outgoing(limit: Option<NonZeroU64>) -> Outgoing {
+    Outgoing::new(OutgoingLimits { bytes_per_second: limit, ..OutgoingLimits::default() })
 }
 
 struct DeltaSource(Box<dyn DeltaReader>);

@@ -4,7 +4,7 @@
 //! a delta is applied (the driver), and what becomes of a receive whose line is cut ([`crate::inbox`]). Neighbour:
 //! [`crate::push`] is the other side.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -29,6 +29,7 @@ use flocker_storage::{
 use flocker_transport::{
     BoxError, BulkError, ChunkSink, CloseCode, Connection, ErrorKind as LinkErrorKind, Handler, Incoming, NO_PROGRESS,
 };
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -37,8 +38,8 @@ use crate::{
     config::Verb,
     daemon::Node,
     inbox::{Claim, Open, Parked},
+    kept::SERVED_IDLE,
     line::Line,
-    peers::linger,
     problem::{self, problem},
     push::{self, COMMIT_TIMEOUT, Sending},
     resolve::{Concluded, Resolving},
@@ -56,42 +57,63 @@ pub(crate) struct Receipt {
 }
 
 /// Serves pushes, pulls and questions of members.
-pub(crate) struct Replication(pub(crate) Arc<Node>);
+pub(crate) struct Replication {
+    node: Arc<Node>,
+    slots: Semaphore,
+}
+
+/// How many exchanges are served at once, each with up to a transfer's memory; more wait a while and are sent away as busy.
+const EXCHANGES_LIMIT: usize = 64;
+/// How long an exchange waits for another one to end.
+const SLOT_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[async_trait]
 impl Handler for Replication {
     async fn handle(&self, connection: Connection, _cancel: CancellationToken) {
-        let node = &self.0;
+        let node = &self.node;
         let Some(peer) = connection.peer() else {
             return connection.close(CloseCode::AnonymousNotAllowed, "");
         };
-        if !node.check_peer(&peer) {
-            return connection.close(CloseCode::Refused, "another node has this name");
-        }
         let Ok(name) = peer.name.parse::<NodeName>() else {
             return connection.close(CloseCode::Refused, "not a node name");
         };
         // The node's own stop is what ends an exchange; the peer must see it as such, and go on later.
-        let _watch = node.close_on_cancel(&connection, &CancellationToken::new());
-        let exchange = match connection.accept_exchange().await {
-            Ok(exchange) => exchange,
-            Err(error) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
-        };
-        let mut line = Line { peer: name.clone(), connection: &connection, exchange };
-        if let Err(failure) = self.serve(&mut line, peer).await {
-            tracing::warn!(peer = %name, "an exchange failed: {}", failure.problem);
-            if !failure.problem.code.starts_with("peer_") {
-                line.report(&problem::to_peer(&failure.problem)).await;
+        let _watch = node.close_on_stop(&connection, None);
+        loop {
+            if !node.check_peer(&peer) {
+                return connection.close(CloseCode::Refused, "another node has this name");
             }
-            return;
+            let exchange = match tokio::time::timeout(SERVED_IDLE, connection.accept_exchange()).await {
+                Ok(Ok(exchange)) => exchange,
+                Ok(Err(error)) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
+                Err(_) => return connection.close(CloseCode::Done, "idle"),
+            };
+            let Ok(Ok(_slot)) = tokio::time::timeout(SLOT_TIMEOUT, self.slots.acquire()).await else {
+                tracing::warn!(peer = %name, "refused an exchange: {EXCHANGES_LIMIT} are served");
+                return connection.close(CloseCode::Busy, "");
+            };
+            let mut line = Line::served(name.clone(), &connection, exchange);
+            if let Err(failure) = self.serve(&mut line, peer.clone()).await {
+                tracing::warn!(peer = %name, "an exchange failed: {}", failure.problem);
+                if !failure.problem.code.starts_with("peer_") {
+                    line.report(&problem::to_peer(&failure.problem)).await;
+                }
+                return;
+            }
+            // The peer may open the next one; what was said last still reaches it.
+            line.exchange.finish();
         }
-        linger(line.exchange, &connection).await;
     }
 }
 
 impl Replication {
+    /// Serves them for a node.
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node, slots: Semaphore::new(EXCHANGES_LIMIT) }
+    }
+
     async fn serve(&self, line: &mut Line<'_>, peer: PeerIdentity) -> Result<(), Failure> {
-        let node = &self.0;
+        let node = &self.node;
         match line.recv(NO_PROGRESS).await? {
             Message::Offer(offer) => {
                 check_protocol(offer.protocol)?;
@@ -147,6 +169,7 @@ async fn serve_pull(node: &Arc<Node>, line: &mut Line<'_>, request: PullRequest)
         policy: request.policy,
         mode: request.mode,
         compare: Compare::Metadata,
+        limit: request.limit_bytes_per_second,
     };
     push::send(node, line, &sending, None).await.map(|_| ())
 }

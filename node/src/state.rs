@@ -181,7 +181,7 @@ impl State {
                 row,
             )?;
             db.execute(
-                "DELETE FROM transfers WHERE state NOT IN ('\"running\"', '\"interrupted\"') AND id NOT IN
+                "DELETE FROM transfers WHERE state NOT IN ('\"running\"', '\"interrupted\"', '\"paused\"') AND id NOT IN
                  (SELECT id FROM transfers ORDER BY started DESC LIMIT ?1)",
                 [FINISHED_TRANSFERS_KEPT],
             )

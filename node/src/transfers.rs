@@ -10,7 +10,8 @@
 //! | the peer was never met | failed | nothing |
 //! | no progress for [`PATIENCE`] | failed | nothing |
 //! | the daemon stops or dies | interrupted | goes on at the next start |
-//! | the same is asked for again while it is interrupted | running | an attempt at once |
+//! | a user pauses it | paused | nothing, over restarts too, until it is resumed |
+//! | the same is asked for again while it is interrupted or paused, or it is resumed, or the peer is heard from | running | an attempt at once |
 //! | a format of the drivers' own does not fit | running | an attempt at once, in the portable format |
 //! | a final error | failed | nothing |
 //! | histories that do not fit | refused | nothing |
@@ -36,9 +37,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    api::types::{ApiProblem, Direction, StartTransfer, TransferProgress, TransferResource, TransferState},
+    api::types::{
+        ApiProblem, Direction, SLOWEST_LIMIT, StartTransfer, TransferProgress, TransferResource, TransferState,
+    },
     daemon::Node,
-    problem::{FORMAT_UNFIT, Result, chain, problem},
+    problem::{FORMAT_UNFIT, Result, STALE_LINE, chain, problem},
     resolve::Concluded,
     state::State,
 };
@@ -83,10 +86,14 @@ pub(crate) struct Job {
     pub(crate) direction: Direction,
     /// Cancelled by a user.
     pub(crate) cancel: CancellationToken,
+    /// Paused by a user; a new one each time it is resumed.
+    pub(crate) pause: Mutex<CancellationToken>,
+    /// Held while attempts are made.
+    pub(crate) work: tokio::sync::Mutex<()>,
     /// A format of the drivers' own did not fit: what is left goes in the portable one.
     portable: AtomicBool,
-    /// Asked for again: no more pause.
-    poke: Notify,
+    /// Asked for again, or the peer is there again: no more pause.
+    pub(crate) poke: Notify,
     status: Mutex<Status>,
 }
 
@@ -112,11 +119,13 @@ impl Job {
             direction: resource.direction,
             request,
             cancel: CancellationToken::new(),
+            pause: Mutex::default(),
+            work: tokio::sync::Mutex::default(),
             portable: AtomicBool::new(false),
             poke: Notify::new(),
             status: Mutex::new(Status {
                 // A transfer found in the database had met its peer, or could not have been interrupted.
-                met_peer: resource.state == TransferState::Interrupted,
+                met_peer: matches!(resource.state, TransferState::Interrupted | TransferState::Paused),
                 resource,
                 earlier,
                 samples: VecDeque::new(),
@@ -129,6 +138,21 @@ impl Job {
 
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns what is cancelled when a user pauses it.
+    pub(crate) fn pause(&self) -> CancellationToken {
+        self.pause.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes a paused transfer ready for further attempts. The time it rested does not count.
+    pub(crate) fn unpause(&self) {
+        *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = CancellationToken::new();
+        let mut status = self.status();
+        let now = Instant::now();
+        status.worked_before = Duration::from_millis(status.resource.progress.elapsed_ms);
+        (status.began, status.progressed) = (now, now);
+        status.resource.state = TransferState::Running;
     }
 
     /// Tells whether the portable format alone is to be used.
@@ -238,6 +262,12 @@ impl Job {
     }
 }
 
+/// Stretches a pause by up to a half, differently for each transfer, so that many that lost one peer do not come back at
+/// one moment.
+fn jittered(pause: Duration, transfer: Uuid) -> Duration {
+    pause + pause.mul_f64(f64::from(transfer.as_bytes()[15]) / 512.0)
+}
+
 impl Status {
     fn note_time(&mut self) {
         self.resource.progress.elapsed_ms = (self.worked_before + self.began.elapsed()).as_millis() as u64;
@@ -291,6 +321,15 @@ impl Transfers {
         same.next().cloned()
     }
 
+    /// Ends the pauses of those that lost this peer.
+    pub(crate) fn peer_is_there(&self, name: &str) {
+        let jobs = self.lock();
+        let lost = |job: &&Arc<Job>| job.resource().state == TransferState::Interrupted;
+        for job in jobs.values().filter(|job| job.request.peer.as_str() == name).filter(lost) {
+            job.poke.notify_one();
+        }
+    }
+
     fn insert(&self, job: Arc<Job>) {
         let mut jobs = self.lock();
         jobs.insert(job.id, job);
@@ -321,6 +360,13 @@ impl Node {
             return Err(problem(422, "unsupported", detail)
                 .hint("leave --as away; or --on-divergence fork keeps both histories"));
         }
+        if request.limit_bytes_per_second.is_some_and(|limit| limit.get() < SLOWEST_LIMIT) {
+            return Err(problem(
+                400,
+                "bad_request",
+                format!("a limit must be at least {SLOWEST_LIMIT} bytes per second"),
+            ));
+        }
         self.find_peer(&request.peer).await?;
         if direction == Direction::Push {
             let known = self.catalog.find(&volume)?;
@@ -331,7 +377,7 @@ impl Node {
             self.sendable(&known, snapshot).await?;
         }
         if let Some(job) = self.transfers.same(direction, &volume, &request).filter(|_| !request.dry_run) {
-            return self.join_transfer(&job, &request);
+            return self.join_transfer(&job, &request).await;
         }
         let resource = TransferResource {
             id: clock::mint().to_string(),
@@ -341,6 +387,7 @@ impl Node {
             peer: request.peer.clone(),
             as_name: request.as_name.clone(),
             dry_run: request.dry_run,
+            limit_bytes_per_second: request.limit_bytes_per_second,
             state: TransferState::Running,
             outcome: None,
             resolution: None,
@@ -359,10 +406,12 @@ impl Node {
         Ok(job.resource())
     }
 
-    fn join_transfer(&self, job: &Job, request: &StartTransfer) -> Result<TransferResource> {
-        if job.request.snapshot == request.snapshot && job.request.on_divergence == request.on_divergence {
-            job.poke.notify_one();
-            return Ok(job.resource());
+    async fn join_transfer(self: &Arc<Self>, job: &Arc<Job>, request: &StartTransfer) -> Result<TransferResource> {
+        let is_same = job.request.snapshot == request.snapshot
+            && job.request.on_divergence == request.on_divergence
+            && job.request.limit_bytes_per_second == request.limit_bytes_per_second;
+        if is_same {
+            return self.resume_transfer(job).await;
         }
         let detail = format!("another transfer of {} with {} is under way", job.volume, request.peer);
         Err(problem(409, "busy", detail)
@@ -383,8 +432,9 @@ impl Node {
     }
 
     /// Makes attempts until the transfer comes to an end.
-    async fn run_transfer(self: Arc<Self>, job: Arc<Job>) {
-        let mut pause = FIRST_PAUSE;
+    pub(crate) async fn run_transfer(self: Arc<Self>, job: Arc<Job>) {
+        let _work = job.work.lock().await;
+        let (paused, mut pause) = (job.pause(), FIRST_PAUSE);
         loop {
             let before = job.status().resource.progress.delta_bytes;
             let attempt = match job.direction {
@@ -398,8 +448,16 @@ impl Node {
             if job.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Cancelled, None).await;
             }
+            if paused.is_cancelled() {
+                return self.end_transfer(&job, TransferState::Paused, None).await;
+            }
             if self.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Interrupted, Some(failure.problem)).await;
+            }
+            if failure.problem.code == STALE_LINE {
+                tracing::debug!(transfer = %job.id, "{}", failure.problem);
+                self.kept.forget(&job.request.peer);
+                continue;
             }
             if failure.problem.code.ends_with(FORMAT_UNFIT) && !job.portable.swap(true, Ordering::Relaxed) {
                 let what = format!("what is left is sent in the portable format: {}", failure.problem);
@@ -422,8 +480,9 @@ impl Node {
                 biased;
                 () = self.cancel.cancelled() => return,
                 () = job.cancel.cancelled() => return self.end_transfer(&job, TransferState::Cancelled, None).await,
+                () = paused.cancelled() => return self.end_transfer(&job, TransferState::Paused, None).await,
                 () = job.poke.notified() => pause = FIRST_PAUSE,
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(jittered(pause, job.id)) => {}
             }
         }
     }
@@ -451,7 +510,7 @@ impl Node {
         self.end_transfer(job, state, None).await;
     }
 
-    async fn end_transfer(&self, job: &Job, state: TransferState, problem: Option<ApiProblem>) {
+    pub(crate) async fn end_transfer(&self, job: &Job, state: TransferState, problem: Option<ApiProblem>) {
         job.ended(state, problem);
         let resource = job.resource();
         if let Err(error) = self.state.put_transfer(&job.request, &resource).await {

@@ -17,7 +17,7 @@
 //! | opener, to hand over | [`TakeOver`] | [`TakenOver`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
 
-use std::{collections::BTreeSet, fmt, str::FromStr};
+use std::{collections::BTreeSet, fmt, num::NonZeroU64, str::FromStr};
 
 use flocker_storage::{
     delta::{DeltaFormat, Partial, RESUME_POINT_LIMIT, ResumePoint},
@@ -164,6 +164,8 @@ pub struct PullRequest {
     pub mode: Mode,
     /// Who asks.
     pub receiver: Host,
+    /// Bytes per second that the sender shall put on the wire at most.
+    pub limit_bytes_per_second: Option<NonZeroU64>,
 }
 
 /// Asks for a volume's lineage by the volume's name. A name that is not there is answered by

@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::num::NonZeroU64;
+
 use bytes::Bytes;
 use flocker_replication::{
     message::*,
@@ -90,6 +92,7 @@ fn messages() -> Vec<Message> {
             policy: DivergencePolicy::Theirs,
             mode: Mode::DryRun,
             receiver: host("host-b"),
+            limit_bytes_per_second: NonZeroU64::new(300),
         })),
         Message::Describe(Describe { protocol: PROTOCOL, volume: db }),
         Message::Description(Box::new(Description {

@@ -206,6 +206,16 @@ impl Node {
         assert_eq!(code, 0, "the daemon of {} ends cleanly on SIGTERM:\n{}", self.name, self.log_tail());
     }
 
+    /// Lets the daemon do nothing at all while something else is looked at; what it sends and is sent waits.
+    #[track_caller]
+    pub fn frozen<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
+        let pid = rustix::process::Pid::from_child(self.daemon.as_ref().expect("a started daemon"));
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("freeze the daemon");
+        let seen = meanwhile();
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("thaw the daemon");
+        seen
+    }
+
     /// Kills the daemon and starts it again.
     #[track_caller]
     pub fn restart_after_kill(&mut self) {

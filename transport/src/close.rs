@@ -35,6 +35,9 @@ pub enum CloseCode {
     /// The side that closed failed; its log says why.
     #[error("the other side failed")]
     Failed,
+    /// The user lets the work rest, to go on with it later.
+    #[error("paused")]
+    Paused,
     /// A number that this version does not know.
     #[error("close code {0}")]
     Other(u64),
@@ -53,6 +56,7 @@ impl CloseCode {
             Self::TimedOut => 6,
             Self::Cancelled => 7,
             Self::Failed => 8,
+            Self::Paused => 9,
             Self::Other(number) => number,
         }
     }
@@ -69,13 +73,14 @@ impl CloseCode {
             6 => Self::TimedOut,
             7 => Self::Cancelled,
             8 => Self::Failed,
+            9 => Self::Paused,
             other => Self::Other(other),
         }
     }
 
     /// Whether the same request may succeed a little later.
     pub fn is_transient(self) -> bool {
-        matches!(self, Self::Busy | Self::ShuttingDown | Self::TimedOut)
+        matches!(self, Self::Busy | Self::ShuttingDown | Self::TimedOut | Self::Paused)
     }
 
     pub(crate) fn varint(self) -> VarInt {
@@ -105,6 +110,7 @@ mod tests {
             (CloseCode::TimedOut, 6),
             (CloseCode::Cancelled, 7),
             (CloseCode::Failed, 8),
+            (CloseCode::Paused, 9),
             (CloseCode::Other(77), 77),
         ];
         for (code, number) in codes {

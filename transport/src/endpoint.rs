@@ -17,6 +17,7 @@ use crate::{
     close::CloseCode,
     connection::Connection,
     error::{Error, ErrorKind, PeerFault, Result},
+    reset,
     socket::Socket,
     tls::{self, Credentials, TLS_NAME, Verdict},
 };
@@ -35,7 +36,7 @@ pub type PeerCheck = Arc<dyn Fn(&PeerIdentity) -> std::result::Result<(), PeerFa
 pub struct Limits {
     /// How long a connection lives without a packet.
     pub idle: Duration,
-    /// How often a silent connection sends one.
+    /// How often a silent connection sends one; a silent side learns of the peer's restart by it.
     pub keep_alive: Duration,
     /// How long `connect` and the acceptance of a connection may take.
     pub connect: Duration,
@@ -53,7 +54,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             idle: Duration::from_secs(20),
-            keep_alive: Duration::from_secs(5),
+            keep_alive: Duration::from_secs(2),
             connect: Duration::from_secs(10),
             stream_window: 4 * 1024 * 1024,
             connection_window: 8 * 1024 * 1024,
@@ -86,10 +87,11 @@ impl Endpoint {
 
     /// Uses a socket that is bound already. Must be called within a tokio runtime.
     pub fn on(socket: Socket, identity: Arc<Identity>, limits: Limits) -> Result<Self> {
-        let Socket { udp, runtime, config } = socket;
+        let Socket { udp, runtime, mut config } = socket;
         let addr = udp.local_addr().map_or_else(|_| "a socket".to_owned(), |addr| addr.to_string());
         let failed = |kind| Error::new("listen on", &addr, kind);
         let credentials = Credentials::new(&identity).map_err(failed)?;
+        reset::outlive_restarts(&mut config, &identity).map_err(failed)?;
         let transport = Arc::new(transport(&limits));
         let initial = server_config(&credentials, Vec::new(), None, Verdict::default(), &transport).map_err(failed)?;
         let quic = quinn::Endpoint::new_with_abstract_socket(config, Some(initial), udp, runtime)

@@ -14,6 +14,7 @@ mod connection;
 mod endpoint;
 mod error;
 mod exchange;
+mod reset;
 mod router;
 mod socket;
 mod tls;

@@ -34,7 +34,8 @@ impl Socket {
         })
     }
 
-    /// Takes a socket of another network. Its tasks and timers are tokio's; `config` may carry a seed.
+    /// Takes a socket of another network. Its tasks and timers are tokio's; `config` may carry a seed. The endpoint puts its own
+    /// reset key and connection ids in.
     pub fn over(udp: Arc<dyn AsyncUdpSocket>, config: EndpointConfig) -> Self {
         Self { udp, runtime: Arc::new(TokioRuntime), config }
     }

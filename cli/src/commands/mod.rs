@@ -137,7 +137,7 @@ enum Command {
     Push(transfers::PushArgs),
     /// Fetch a snapshot, and what leads to it, from a peer
     Pull(transfers::PullArgs),
-    /// List, show, cancel and wait for pushes and pulls
+    /// List, show, pause, resume, cancel and wait for pushes and pulls
     Transfers {
         #[command(subcommand)]
         command: Option<TransfersCommand>,
@@ -186,6 +186,16 @@ enum TransfersCommand {
     },
     /// Stop one; what has not arrived in full is not visible on the receiver
     Cancel {
+        /// Its id, or a beginning or end of it that no other has
+        id: String,
+    },
+    /// Let one rest; it keeps what it has, over restarts of the daemons too
+    Pause {
+        /// Its id, or a beginning or end of it that no other has
+        id: String,
+    },
+    /// Go on with one where it was paused
+    Resume {
         /// Its id, or a beginning or end of it that no other has
         id: String,
     },

@@ -1,6 +1,6 @@
 //! `push`, `pull`, `transfers`.
 
-use std::io::Write as _;
+use std::{io::Write as _, num::NonZeroU64};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -15,7 +15,7 @@ use crate::{
     output,
     progress::{self, Followed, Interrupt},
     report::{self, Exit, Stop},
-    values::{self, Object},
+    values::{self, Object, Size},
 };
 
 #[derive(Debug, Args)]
@@ -56,6 +56,9 @@ pub(super) struct TransferArgs {
     /// Start it, print its id, and leave it to the daemon
     #[arg(long, short)]
     detach: bool,
+    /// Send at most so many bytes per second, such as 20M
+    #[arg(long, value_name = "RATE")]
+    limit: Option<Size>,
     #[command(flatten)]
     compare: CompareArgs,
 }
@@ -69,6 +72,7 @@ impl TransferArgs {
             on_divergence: self.on_divergence,
             dry_run: self.dry_run,
             compare: self.compare.into(),
+            limit_bytes_per_second: self.limit.and_then(|Size(bytes)| NonZeroU64::new(bytes)),
         }
     }
 }
@@ -168,6 +172,20 @@ impl Session<'_> {
                 let transfer = self.client.cancel_transfer(&id).await?;
                 self.output.item(&transfer, String::new)?;
                 self.output.talk(&format!("transfer {id} is being cancelled"));
+            }
+            TransfersCommand::Pause { id } => {
+                let id = self.find(&id).await?.id;
+                let transfer = self.client.pause_transfer(&id).await?;
+                self.output.item(&transfer, String::new)?;
+                let command = report::command_for(self.paths);
+                let is = if transfer.state == TransferState::Paused { "is paused" } else { "is coming to rest" };
+                self.output.talk(&format!("transfer {id} {is}; go on with it by: {command} transfers resume {id}"));
+            }
+            TransfersCommand::Resume { id } => {
+                let id = self.find(&id).await?.id;
+                let transfer = self.client.resume_transfer(&id).await?;
+                self.output.item(&transfer, String::new)?;
+                self.output.talk(&format!("transfer {id} goes on"));
             }
             TransfersCommand::Wait { id } => {
                 let mut interrupt = Interrupt::listen()?;

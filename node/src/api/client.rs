@@ -302,6 +302,16 @@ impl Client {
     pub async fn cancel_transfer(&self, id: &str) -> Result<TransferResource> {
         self.act(transfer_path(id, "/cancel")?).await
     }
+
+    /// Lets a transfer rest until it is resumed.
+    pub async fn pause_transfer(&self, id: &str) -> Result<TransferResource> {
+        self.act(transfer_path(id, "/pause")?).await
+    }
+
+    /// Goes on with a transfer that was paused.
+    pub async fn resume_transfer(&self, id: &str) -> Result<TransferResource> {
+        self.act(transfer_path(id, "/resume")?).await
+    }
 }
 
 /// How requests travel.

@@ -37,6 +37,15 @@ pub(crate) async fn inspect(State(node): State<Arc<Node>>, Path(id): Path<String
 
 pub(crate) async fn cancel(State(node): State<Arc<Node>>, Path(id): Path<String>) -> Result<Answer<TransferResource>> {
     let job = node.transfers.find(&id)?;
-    job.cancel.cancel();
-    Ok(Answer(job.resource()))
+    Ok(Answer(node.cancel_transfer(&job).await))
+}
+
+pub(crate) async fn pause(State(node): State<Arc<Node>>, Path(id): Path<String>) -> Result<Answer<TransferResource>> {
+    let job = node.transfers.find(&id)?;
+    Ok(Answer(node.pause_transfer(&job).await?))
+}
+
+pub(crate) async fn resume(State(node): State<Arc<Node>>, Path(id): Path<String>) -> Result<Answer<TransferResource>> {
+    let job = node.transfers.find(&id)?;
+    Ok(Answer(node.resume_transfer(&job).await?))
 }

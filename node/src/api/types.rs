@@ -2,7 +2,7 @@
 //!
 //! Owns their field names. Refuses to know how they are served (`server`) or fetched (`client`).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, num::NonZeroU64};
 
 use flocker_replication::{message::DivergencePolicy, plan::Outcome, resolution::Resolution};
 use flocker_storage::{
@@ -308,7 +308,13 @@ pub struct StartTransfer {
     /// How changed files are found.
     #[serde(default)]
     pub compare: Compare,
+    /// Bytes per second on the wire, at most; at least [`SLOWEST_LIMIT`].
+    #[serde(default)]
+    pub limit_bytes_per_second: Option<NonZeroU64>,
 }
+
+/// The lowest limit of a transfer's rate: one KiB per second.
+pub const SLOWEST_LIMIT: u64 = 1024;
 
 /// Which way a transfer goes, seen from this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -328,6 +334,8 @@ pub enum TransferState {
     Running,
     /// Stopped by a lost peer or a restart; goes on by itself, and at the latest when the same is asked for again.
     Interrupted,
+    /// Stopped by a user; goes on where it stopped when it is resumed, or when the same is asked for again.
+    Paused,
     /// Everything wanted is on the receiver.
     Done,
     /// Refused: the histories do not allow it; see `outcome`.
@@ -341,7 +349,7 @@ pub enum TransferState {
 impl TransferState {
     /// Tells whether it will not change by itself any more.
     pub fn is_final(self) -> bool {
-        !matches!(self, Self::Running | Self::Interrupted)
+        !matches!(self, Self::Running | Self::Interrupted | Self::Paused)
     }
 }
 
@@ -362,6 +370,9 @@ pub struct TransferResource {
     pub as_name: Option<VolumeName>,
     /// Whether it only says what would be done.
     pub dry_run: bool,
+    /// Bytes per second on the wire, at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bytes_per_second: Option<NonZeroU64>,
     /// Where it stands.
     pub state: TransferState,
     /// How the histories compare, once that is known; for a dry run the answer.

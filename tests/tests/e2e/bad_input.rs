@@ -74,6 +74,8 @@ fn unknown_things_are_not_found_and_known_ones_are_in_the_way() {
         &["push", "db@one", "nobody"],
         &["pull", "db", "nobody"],
         &["transfers", "cancel", "00000000-0000-0000-0000-000000000000"],
+        &["transfers", "pause", "00000000-0000-0000-0000-000000000000"],
+        &["transfers", "resume", "00000000-0000-0000-0000-000000000000"],
     ];
     for call in not_found {
         let output = node.cli(call);

@@ -18,6 +18,7 @@ mod memory;
 mod merge;
 mod mounts;
 mod openzfs;
+mod paused;
 mod postgres;
 mod push;
 mod readme;

@@ -3,7 +3,7 @@
 use std::fs;
 
 use flocker_tests::{
-    Cluster,
+    Cluster, Node,
     data::{scribble, write_ordinary_tree, write_random, write_small_files},
     invariants::{array, histories, text},
     tree::{Listing, assert_equal, assert_same},
@@ -240,6 +240,73 @@ fn a_transfer_that_is_cancelled_leaves_nothing_at_the_receiver() {
 /// Two nodes with a line between them that can be slowed down and cut.
 fn behind_a_line(scratch: flocker_tests::Scratch) -> (Cluster, flocker_tests::proxy::Proxy) {
     crate::interrupted::behind_a_line(scratch)
+}
+
+fn connections_made(node: &Node) -> usize {
+    node.log_text().matches(" connected peer=").count()
+}
+
+#[test]
+fn exchanges_one_after_the_other_share_a_connection() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    for number in 0..5 {
+        fs::write(mount.join("file"), number.to_string()).unwrap();
+        a.cli(&["snapshot", &format!("db@s{number}")]).ok();
+        a.push(&format!("db@s{number}"), "host-b");
+        a.cli(&["log", "db", "--all-hosts"]).ok();
+    }
+    a.cli(&["pull", "db@s4", "host-b"]).ok();
+
+    assert_eq!(connections_made(a), 1, "{}", a.log_text());
+    assert_eq!(histories(b)["db"].len(), 5);
+    assert_equal(&mount, &b.mount("db"));
+}
+
+/// A node serves 64 exchanges at once.
+#[test]
+fn more_pushes_at_once_than_a_node_serves_all_arrive() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let names: Vec<String> = (0..80).map(|number| format!("v{number}")).collect();
+    for name in &names {
+        a.cli(&["create", name]).ok();
+        a.cli(&["snapshot", &format!("{name}@one")]).ok();
+    }
+    let request = serde_json::json!({"peer": "host-b", "snapshot": "one"});
+    for name in &names {
+        a.http("POST", &format!("/v1/volumes/{name}/push"), Some(&request)).is(202);
+    }
+    flocker_tests::wait_until("all pushes come to rest", flocker_tests::LONG, || {
+        let transfers = array(&a.cli(&["transfers"]).ok().json());
+        transfers.iter().all(|transfer| transfer["finished"] != Value::Null).then_some(())
+    });
+
+    let there = histories(b);
+    assert!(names.iter().all(|name| there[name] == ["one"]), "{there:?}");
+}
+
+#[test]
+fn a_kept_connection_to_a_peer_that_was_killed_is_in_nobodys_way() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    fs::write(mount.join("file"), "one").unwrap();
+    a.cli(&["snapshot", "db@one"]).ok();
+    a.push("db@one", "host-b");
+    fs::write(mount.join("file"), "two").unwrap();
+    a.cli(&["snapshot", "db@two"]).ok();
+
+    b.kill9();
+    b.start();
+    let transfer = a.push("db@two", "host-b");
+
+    assert_eq!(transfer["problem"], Value::Null);
+    assert_equal(&mount, &b.mount("db"));
+    // Where nobody answers any more, that is what is said.
+    b.kill9();
+    a.cli(&["push", "db@two", "host-b"]).ends_with(5).says(&["cannot reach host-b"]);
 }
 
 #[test]

@@ -49,8 +49,11 @@ fn run_share(pools: Pools, driver: &str, share: usize) {
         wait_until(&format!("host-b dies at {point}"), LONG, || b.is_dead().then_some(()));
         b.kill9();
         b.fault = None;
-        b.start();
-        check_between(b, &volume, &point);
+        // What the crash left is looked at before the sender goes on.
+        a.frozen(|| {
+            b.start();
+            check_between(b, &volume, &point);
+        });
         running.finish(LONG).ok();
         let (kept, now) = match situation {
             Dirty => ("before = precious", "one two three = three"),

@@ -20,6 +20,7 @@ mod frame;
 mod hostile;
 mod incoming;
 mod outgoing;
+mod rate;
 mod threads;
 
 use std::time::Duration;

@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    num::NonZeroU64,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -18,6 +19,7 @@ use super::{
     BoxError, BulkError, BulkStream, ChunkSource, Progress, Reader, Sent,
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
+    rate::Pace,
     threads,
 };
 use crate::{
@@ -41,11 +43,13 @@ pub struct OutgoingLimits {
     pub window: usize,
     /// How long the receiver may be silent. Both sides should use the same.
     pub no_progress: Duration,
+    /// Bytes per second that frames may take on the wire; as fast as it goes where this is `None`.
+    pub bytes_per_second: Option<NonZeroU64>,
 }
 
 impl Default for OutgoingLimits {
     fn default() -> Self {
-        Self { window: 8 * 1024 * 1024, no_progress: NO_PROGRESS }
+        Self { window: 8 * 1024 * 1024, no_progress: NO_PROGRESS, bytes_per_second: None }
     }
 }
 
@@ -320,6 +324,18 @@ impl Feeder {
     }
 }
 
+/// Writes a frame no faster than the pace.
+async fn write_at(pace: &mut Pace, send: &mut quinn::SendStream, pieces: [Bytes; 2]) -> Result<(), quinn::WriteError> {
+    for mut rest in pieces {
+        while !rest.is_empty() {
+            let piece = rest.split_to(rest.len().min(pace.piece()));
+            pace.admit(piece.len()).await;
+            send.write_chunk(piece).await?;
+        }
+    }
+    Ok(())
+}
+
 /// One link's time.
 struct Run<'a> {
     shared: &'a Arc<Shared>,
@@ -430,6 +446,7 @@ impl Run<'_> {
 
     /// Writes frames from `next` on, in order, and signs of life between them; ends with the link only.
     async fn write(&self, send: &mut quinn::SendStream, mut next: u64) -> Result<(), LinkError> {
+        let mut pace = self.limits.bytes_per_second.map(Pace::new);
         loop {
             let frame = self.shared.queue().ready(next);
             let Some(Frame { header, payload }) = frame else {
@@ -438,7 +455,11 @@ impl Run<'_> {
             };
             let written = HEADER_LEN + payload.len();
             let mut pieces = [Bytes::copy_from_slice(&header.encode()), payload];
-            self.sent(send.write_all_chunks(&mut pieces).await).await?;
+            let sent = match &mut pace {
+                None => send.write_all_chunks(&mut pieces).await,
+                Some(pace) => write_at(pace, send, pieces).await,
+            };
+            self.sent(sent).await?;
             next += 1;
             let mut queue = self.shared.queue();
             queue.wire_bytes += written as u64;
