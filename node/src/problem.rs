@@ -16,6 +16,9 @@ use crate::{api::types::ApiProblem, state::StateError};
 /// The code of a step that a format cannot carry and the portable one can; from a peer it comes with `peer_` before it.
 pub(crate) const FORMAT_UNFIT: &str = "format_unfit";
 
+/// The code of a divergence that cannot be resolved in the way that was asked for.
+pub(crate) const POLICY_UNSUPPORTED: &str = "policy_unsupported";
+
 /// The code of an exchange on a kept connection whose peer did not answer any more: to be tried again at once on a new one. Users
 /// do not see it.
 pub(crate) const STALE_LINE: &str = "stale_line";
@@ -147,8 +150,13 @@ pub(crate) fn from_peer(peer: &NodeName, said: &Problem) -> ApiProblem {
         ProblemCode::Internal => 500,
         _ => 409,
     };
-    problem(status, &format!("peer_{}", code_name(said.code)), format!("{peer} answers: {}", said.describe()))
-        .with("facts", &said.facts)
+    let problem =
+        problem(status, &format!("peer_{}", code_name(said.code)), format!("{peer} answers: {}", said.describe()))
+            .with("facts", &said.facts);
+    match said.code {
+        ProblemCode::PolicyUnsupported => problem.hint("--on-divergence fork keeps both"),
+        _ => problem,
+    }
 }
 
 /// A problem code in snake case.
@@ -179,6 +187,7 @@ pub(crate) fn to_peer(error: &ApiProblem) -> Problem {
         FORMAT_UNFIT => ProblemCode::FormatUnfit,
         "handoff_refused" => ProblemCode::HandOffRefused,
         "shutting_down" => ProblemCode::ShuttingDown,
+        POLICY_UNSUPPORTED => ProblemCode::PolicyUnsupported,
         _ => ProblemCode::Internal,
     };
     Problem { code, facts: [("why".to_owned(), error.detail.clone())].into() }

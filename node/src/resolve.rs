@@ -121,7 +121,7 @@ impl Resolving {
         let at_once = way == Way::Succeed && own_want;
         let can_go_back = match &relation {
             Relation::Diverged { common, .. } => common.volume == volume.id,
-            Relation::Behind { .. } => own_want,
+            Relation::Behind { common, .. } => common.as_ref().is_some_and(|common| common.volume == volume.id),
             _ => true,
         };
         let resolving = Self { policy: offer.policy, way, found, volume, beside, at_once };
@@ -191,7 +191,7 @@ pub(crate) fn further_names(name: &VolumeName) -> impl Iterator<Item = VolumeNam
 fn nothing_to_go_back_to(name: &VolumeName) -> ApiProblem {
     problem(
         409,
-        "unsupported",
+        problem::POLICY_UNSUPPORTED,
         format!("{name} has no snapshot of its own that both histories have: none to go back to"),
     )
     .hint("--on-divergence fork keeps both")
@@ -247,8 +247,11 @@ impl Node {
             .map_err(|error| problem::internal(problem::chain(&error)))?;
         let keep = match relation {
             Relation::UpToDate => return Ok(None),
-            Relation::Behind { .. } if resolving.at_once => SnapshotKey { volume: id, snapshot: offer.want },
-            Relation::Diverged { ref common, .. } if common.volume == id => common.key(),
+            Relation::Diverged { ref common, .. } | Relation::Behind { common: Some(ref common), .. }
+                if common.volume == id =>
+            {
+                common.key()
+            }
             // Somebody has resolved it meanwhile; the next attempt is an ordinary one.
             Relation::FastForward { .. } | Relation::Dirty { .. } => {
                 let problem = problem(409, "busy", format!("{} has changed meanwhile", known.record.name));
@@ -256,6 +259,10 @@ impl Node {
             }
             _ => return Err(nothing_to_go_back_to(&known.record.name).into()),
         };
+        if resolving.at_once && keep.snapshot != offer.want {
+            let problem = problem(409, "busy", format!("{} has changed meanwhile", known.record.name));
+            return Err(Failure { transient: true, problem });
+        }
         let Some(tip) = lineage.tip() else { return Err(nothing_to_go_back_to(&known.record.name).into()) };
         let tip = Point::from(tip);
         let incoming = (!resolving.at_once).then_some(landed);
@@ -304,7 +311,9 @@ impl Node {
         if landed != offer.volume.id || known.record.name != resolving.volume.name {
             let name = &incoming.record.name;
             let detail = format!("the history is here as {name}, and another copy of its volume beside it");
-            return Err(problem(409, "unsupported", detail).hint("--on-divergence fork leaves it there").into());
+            return Err(problem(409, problem::POLICY_UNSUPPORTED, detail)
+                .hint("--on-divergence fork leaves it there")
+                .into());
         }
         let tip = known.snapshots.last().map(Point::from);
         let named_after = tip.clone().unwrap_or_else(|| {

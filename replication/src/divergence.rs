@@ -60,6 +60,9 @@ pub enum Relation {
     Behind {
         /// The newer ones as the receiver holds them, oldest first. Never empty.
         newer: Vec<HeldSnapshot>,
+        /// The newest snapshot that both hold, as the receiver holds it: the one that was asked for, or an older one
+        /// where the receiver has pruned that; `None` where nothing is left in common.
+        common: Option<HeldSnapshot>,
     },
     /// Both sides have snapshots that the other lacks.
     Diverged {
@@ -120,12 +123,16 @@ pub fn compare(sender: &Lineage, receiver: &Receiver<'_>, want: SnapshotId) -> R
 
     if let Some(&held_at) = theirs.at.get(&want) {
         let newer = theirs.changes_after(Some(held_at), &incoming);
-        return Ok(if newer.is_empty() { Relation::UpToDate } else { Relation::Behind { newer } });
+        return Ok(if newer.is_empty() {
+            Relation::UpToDate
+        } else {
+            Relation::Behind { newer, common: Some(theirs.list[held_at].clone()) }
+        });
     }
     let common = theirs.list.iter().rposition(|held| incoming.held.contains_key(&held.snapshot.id));
     let changes = theirs.changes_after(common, &incoming);
     if changes.last().is_some_and(|newest| follows(newest, want, &ours, &theirs)) {
-        return Ok(Relation::Behind { newer: changes });
+        return Ok(Relation::Behind { newer: changes, common: common.map(|at| theirs.list[at].clone()) });
     }
     let Some(common) = common.map(|at| &theirs.list[at]) else {
         if tip.is_some() {

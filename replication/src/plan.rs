@@ -202,7 +202,7 @@ fn outcome(lineage: &Lineage, want: SnapshotId, relation: &Relation, parties: &P
             base: base.as_ref().map(|base| Point::from(&base.snapshot)),
             missing: Points::new(missing),
         },
-        Relation::Behind { newer } => Verdict::Behind { newer: Points::new(newer) },
+        Relation::Behind { newer, .. } => Verdict::Behind { newer: Points::new(newer) },
         Relation::Diverged { common, only_sender, only_receiver } => Verdict::Diverged {
             common: name_of(common.snapshot.id).unwrap_or_else(|| Point::from(common)),
             only_sender: Points::new(only_sender),

@@ -56,7 +56,7 @@ pub enum ProblemCode {
     ProtocolViolation,
     /// 17: the stream of a delta is malformed or hostile. Facts: `snapshot`, `what`.
     Malformed,
-    /// 18: the histories have gone apart, and the node does not do what was asked for. Facts: `volume`, `policy`.
+    /// 18: the histories have gone apart, and the node does not do what was asked for. Facts: `volume`, `policy`, `why`.
     PolicyUnsupported,
     /// 19: too much at once: snapshots in the lineage, transfers on the node. Facts: `what`, `limit`.
     LimitExceeded,
@@ -160,7 +160,7 @@ impl Problem {
             }
             ProblemCode::Malformed => format!("the delta of {} is malformed{}", snapshot(), known("what", ": ")),
             ProblemCode::PolicyUnsupported => {
-                format!("the node does not know how to treat a divergence{}", known("policy", " by "))
+                format!("the divergence cannot be resolved that way{}{}", known("policy", ", by "), known("why", ": "))
             }
             ProblemCode::LimitExceeded => {
                 format!("too much at once{}{}", known("what", ": "), known("limit", ", at most "))

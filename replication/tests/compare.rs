@@ -37,8 +37,8 @@ fn each_history_gets_its_outcome() {
             ("fast-forward", Some(1), vec![2, 3, 4], vec![]),
         ),
         ("ahead onto a dirty head", chain(&[1, 2]), chain(&[1]), DIRTY, 2, ("dirty", Some(1), vec![], vec![])),
-        ("receiver ahead", chain(&[1]), chain(&[1, 2, 3]), CLEAN, 1, ("behind", None, vec![], vec![2, 3])),
-        ("receiver ahead and dirty", chain(&[1]), chain(&[1, 2]), DIRTY, 1, ("behind", None, vec![], vec![2])),
+        ("receiver ahead", chain(&[1]), chain(&[1, 2, 3]), CLEAN, 1, ("behind", Some(1), vec![], vec![2, 3])),
+        ("receiver ahead and dirty", chain(&[1]), chain(&[1, 2]), DIRTY, 1, ("behind", Some(1), vec![], vec![2])),
         ("diverged", chain(&[1, 2]), chain(&[1, 3]), CLEAN, 2, ("diverged", Some(1), vec![2], vec![3])),
         ("diverged and dirty", chain(&[1, 2]), chain(&[1, 3]), DIRTY, 2, ("diverged", Some(1), vec![2], vec![3])),
         (
@@ -112,6 +112,14 @@ fn each_history_gets_its_outcome() {
             vec![held(1, &[]), held(3, &[2])],
             CLEAN,
             2,
+            ("behind", Some(1), vec![], vec![3]),
+        ),
+        (
+            "wanted one and all before it pruned at the receiver",
+            chain(&[1, 2]),
+            vec![held(3, &[2])],
+            CLEAN,
+            2,
             ("behind", None, vec![], vec![3]),
         ),
         ("base pruned at the sender", vec![held(3, &[2])], chain(&[1]), CLEAN, 3, ("unrelated", None, vec![], vec![])),
@@ -130,7 +138,7 @@ fn each_history_gets_its_outcome() {
             chain(&[1, 2, 3]),
             CLEAN,
             2,
-            ("behind", None, vec![], vec![3]),
+            ("behind", Some(2), vec![], vec![3]),
         ),
         (
             "wanted one not the newest",
@@ -194,6 +202,10 @@ fn a_clone_builds_on_its_origin_where_the_receiver_holds_that_elsewhere() {
     let Relation::FastForward { base: Some(base), missing } = relation else { panic!("{relation:?}") };
     assert_eq!(base.on_receiver, elsewhere(55, 2));
     assert_eq!(missing.len(), 1);
+    // Where several volumes hold it, the one that the sender has it in.
+    let relation = relate_new(&sender, &[elsewhere(0, 2), elsewhere(DB, 2), elsewhere(55, 2)], 3);
+    let Relation::FastForward { base: Some(base), .. } = relation else { panic!("{relation:?}") };
+    assert_eq!(base.on_receiver, elsewhere(DB, 2));
     // The wanted one itself needs a place in the new volume.
     assert_eq!(numbers(&relate_new(&sender, &[elsewhere(77, 3)], 3)), ("fast-forward", None, vec![1, 2, 3], vec![]));
     // Newer ones than the wanted one are no base.
@@ -337,6 +349,12 @@ fn judge(world: &World, relation: &Relation) {
         }
         "behind" => {
             let tip = theirs.last().unwrap();
+            let newest = receiver.iter().rfind(|number| sender.contains(number) && incoming.contains(number));
+            assert_eq!(
+                base.as_ref(),
+                if receiver.contains(want) { Some(want) } else { newest },
+                "the newest common one"
+            );
             assert!(receiver.contains(want) || ancestors(parents, *tip).contains(want));
         }
         "fast-forward" => {

@@ -232,7 +232,13 @@ fn what_breaks_a_limit_is_refused() {
     let long = ResumePoint(vec![0; RESUME_POINT_LIMIT + 1].into());
     assert!(rule(Message::StepReady(StepReady { step: 0, start: StepStart::Point(long) })).contains("resume point"));
     let counts_wrongly = Verdict::Behind { newer: Points { total: 0, listed: points(&[3]).listed } };
-    assert!(rule(Message::Resolve(Box::new(outcome(counts_wrongly)))).contains("counts wrongly"));
+    assert!(rule(Message::Resolve(Box::new(outcome(counts_wrongly.clone())))).contains("counts wrongly"));
+    for message in messages() {
+        if let Message::Resolved(resolution) = message {
+            let resolution = Resolution { found: counts_wrongly.clone(), ..*resolution };
+            assert!(rule(Message::Resolved(Box::new(resolution))).contains("counts wrongly"));
+        }
+    }
     let finding = Finding { path: "ä".repeat(REMARK_LIMIT), what: String::new() };
     assert!(rule(Message::Remarks(vec![finding.clone()])).contains("8192 bytes"));
     let cut = Message::remarks(vec![finding; REMARKS_LIMIT + 1]);

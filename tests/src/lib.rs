@@ -17,6 +17,7 @@ pub mod needs;
 pub mod node;
 pub mod proxy;
 pub mod scratch;
+pub mod situations;
 pub mod terminal;
 pub mod tree;
 pub mod wait;

@@ -233,9 +233,12 @@ impl Node {
         self.state.join("api.sock")
     }
 
-    /// Returns the folder of the pool.
+    /// Returns the folder of the pool, where it is one.
     pub fn pool(&self) -> PathBuf {
-        let given = self.options.pool.as_deref().and_then(|pool| pool.strip_prefix("directory:")).map(PathBuf::from);
+        let folder = |pool: &str| {
+            ["directory:", "btrfs:"].iter().find_map(|driver| pool.strip_prefix(driver).map(PathBuf::from))
+        };
+        let given = self.options.pool.as_deref().and_then(folder);
         given.unwrap_or_else(|| self.state.join("pool"))
     }
 

@@ -43,7 +43,7 @@ if [[ -e filter ]]; then
 else
     # Each of the tests that only this machine can run, and those of the others that cross from node to node.
     # kill.rs is left out: it opens a pool some hundred times, which takes too long under emulation.
-    suite e2e left,right openzfs:: zfs::history_goes_natively zfs::history_goes_from_zfs_to_a_directory zfs::clones zfs::natives
+    suite e2e left,right openzfs:: zfs::history_goes_natively zfs::history_goes_from_zfs_to_a_directory zfs::clones zfs::natives zfs::what_the_sender
     suite conformance left zfs_passes_the_even
     suite conformance left zfs_passes_the_odd
     suite zfs left ""

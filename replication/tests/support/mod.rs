@@ -123,7 +123,7 @@ pub(crate) fn numbers(relation: &Relation) -> (&'static str, Option<u128>, Vec<u
         Relation::FastForward { base, missing } => {
             ("fast-forward", base.as_ref().map(|base| number(&base.snapshot)), all(missing), vec![])
         }
-        Relation::Behind { newer } => ("behind", None, vec![], all(newer)),
+        Relation::Behind { newer, common } => ("behind", common.as_ref().map(number), vec![], all(newer)),
         Relation::Diverged { common, only_sender, only_receiver } => {
             ("diverged", Some(number(common)), all(only_sender), all(only_receiver))
         }

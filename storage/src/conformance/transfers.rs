@@ -16,6 +16,7 @@ use crate::{
 pub(super) const CASES: &[Case] = &[
     ("a_full_and_an_incremental_delta_make_the_same_trees", |bench| Box::pin(full_and_incremental(bench))),
     ("a_clone_travels_as_the_difference_from_its_origin", |bench| Box::pin(clone_of_origin(bench))),
+    ("a_tree_on_an_older_base_than_the_newest_leaves_that_one", |bench| Box::pin(older_base(bench))),
     ("a_delta_read_with_contents_makes_the_same_tree", |bench| Box::pin(by_contents(bench))),
     ("nothing_is_visible_before_commit_and_a_drop_leaves_nothing", |bench| Box::pin(drop_leaves_nothing(bench))),
     ("a_garbage_or_truncated_stream_leaves_the_old_lineage", |bench| Box::pin(garbage(bench))),
@@ -89,6 +90,37 @@ async fn clone_of_origin(bench: &Bench) {
             "a clone",
             |kind| matches!(kind, ErrorKind::Blocked(blockers) if blockers.clones == [copy.id]),
         );
+    }
+}
+
+/// The sender has destroyed what came after the base, and the receiver still holds it.
+async fn older_base(bench: &Bench) {
+    let (a, b) = (bench.open("a").await, bench.open("b").await);
+    let format = DeltaFormat::tree();
+    let (record, one, two) = two_snapshots(&*a).await;
+    let full = read_all(&*a, delta(None, &one, &format)).await.expect("a full delta");
+    take_in(&*b, incoming(&record, None, &one, &format), &full).await.expect("received");
+    let step = read_all(&*a, delta(Some(&one), &two, &format)).await.expect("a delta");
+    take_in(&*b, incoming(&record, Some(&one), &two, &format), &step).await.expect("received");
+    let before = look_at(&*b, two.key()).await;
+    write(&*a, record.id, |head| std::fs::write(head.join("later"), "later").expect("write")).await;
+    let three = take(&*a, record.id, "three").await;
+    a.forget(two.key()).await.expect("forgotten");
+
+    let step = read_all(&*a, delta(Some(&one), &three, &format)).await.expect("a delta");
+    let held = take_in(&*b, incoming(&record, Some(&one), &three, &format), &step).await.expect("received");
+
+    assert_eq!(held.snapshot, three.snapshot);
+    assert_eq!(look_at(&*b, three.key()).await, look_at(&*a, three.key()).await);
+    assert_eq!(look_at(&*b, two.key()).await, before);
+    let names: Vec<_> = b.lineage(record.id).await.expect("a lineage").snapshots;
+    assert_eq!(
+        names.iter().map(|held| held.snapshot.id).collect::<Vec<_>>(),
+        [&one, &two, &three].map(|it| it.snapshot.id)
+    );
+    assert_eq!(state(&*b, record.id).await, HeadState::Clean);
+    for key in [one.key(), two.key(), three.key()] {
+        assert_eq!(b.verify(key, Compare::Contents).await.expect("verified"), []);
     }
 }
 

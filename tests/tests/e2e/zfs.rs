@@ -10,6 +10,7 @@ use flocker_tests::{
     invariants::{array, assert_sound, histories, text},
     require,
     scratch::FileSystem,
+    situations::{Pools, Situation, arrange, holdings, told, write_and_take},
     tree::{Listing, assert_equal, assert_same},
     wait_until,
 };
@@ -250,6 +251,20 @@ fn clones_arrive_as_clones_or_as_trees_and_keep_their_origin() {
     b.cli(&["unmount", "copy"]).ok();
     a.push("copy@again", "host-b");
     assert_equal(&copy, &b.mount("copy"));
+    assert_sound(b);
+}
+
+#[test]
+fn what_the_sender_has_destroyed_is_not_in_the_way() {
+    let Some(mut cluster) = Pools::Zfs.cluster() else { return };
+    let (a, b) = cluster.pair();
+    arrange(a, b, "db", Situation::PrunedHere);
+    a.push("db@three", "host-b");
+    assert_eq!(holdings(b, "db"), told(&[("*", "one two three = three")], "db"));
+    // It stays there, and what comes next builds on the newest one.
+    write_and_take(a, "db", "four");
+    let transfer = a.push("db@four", "host-b");
+    assert_eq!(holdings(b, "db"), told(&[("*", "one two three four = four")], "db"), "{transfer}");
     assert_sound(b);
 }
 

@@ -1,7 +1,8 @@
 //! A stream of the tree format on its way into the pool: applied to a dataset in `ROOT/incoming`.
 //!
 //! That dataset is a clone of what the delta builds on, or a new one. An increment of a volume is grafted onto a clone of the
-//! volume's newest snapshot, which equals the base: where it does not, there is a history that the sender does not know.
+//! volume's newest snapshot, since it follows that one in the pool. Where the base is an older snapshot (the sender has
+//! destroyed what came after it), the clone is first made to hold what the base holds.
 
 use std::{fs, path::PathBuf, sync::Arc};
 
@@ -14,12 +15,15 @@ use super::{
     view::View,
 };
 use crate::{
+    delta::Compare,
     driver::Finding,
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
     tree::{
         apply::{Applier, Sharing},
         root::Root,
+        walk::Links,
+        write::{DeltaWriter, Side},
     },
 };
 
@@ -72,6 +76,12 @@ impl Graft {
                 None
             }
         };
+        if let (Destination::Volume(volume), Some(from), Some(base)) = (&task.destination, from, &base)
+            && differs(task, volume, from)
+        {
+            let top = pool.view(OPERATION, from)?;
+            put_back(pool, &stage, &top, base)?;
+        }
         let root = base.as_ref().map(|view| Root::open(view.path())).transpose()?;
         let destination = Root::open(&stage.path)?;
         let applier = Applier::new(destination, root, Sharing::Exclusive, None, Box::new(|_| Ok(())))?;
@@ -123,20 +133,34 @@ impl Graft {
     }
 }
 
-/// Returns the snapshot that an increment of a volume is grafted onto: its newest, which must hold what the base holds.
+/// Returns the snapshot that an increment of a volume is grafted onto: its newest.
 fn top_of(task: &Task, volume: &Volume) -> Result<SnapshotKey> {
-    let own = &volume.snapshots;
-    let Some(top) = volume.tip() else {
+    volume.tip().ok_or_else(|| {
         let why = "the volume is there and has no snapshot; destroy it first".to_owned();
-        return Err(task.failed(ErrorKind::Unsupported(why)));
-    };
-    let Some(base) = task.request.base else { return Ok(top) };
-    let behind = own.iter().position(|stored| stored.snapshot.id == base.snapshot).map_or(0, |at| at + 1);
-    if base == top || own[behind..].iter().all(|stored| stored.unchanged) {
-        return Ok(top);
+        task.failed(ErrorKind::Unsupported(why))
+    })
+}
+
+/// Tells whether the volume's newest snapshot may hold something else than the base.
+fn differs(task: &Task, volume: &Volume, top: SnapshotKey) -> bool {
+    let Some(base) = task.request.base.filter(|base| *base != top) else { return false };
+    let behind = volume.snapshots.iter().position(|stored| stored.snapshot.id == base.snapshot).map_or(0, |at| at + 1);
+    !volume.snapshots[behind..].iter().all(|stored| stored.unchanged)
+}
+
+/// Has a stage, a clone of `top`, hold what `base` holds. Only what differs is written.
+fn put_back(pool: &Pool, stage: &Stage, top: &View, base: &View) -> Result<()> {
+    let side = |view: &View| Ok::<_, Error>(Side { root: Root::open(view.path())?, links: Links::ByInode });
+    // zfs-fuse keeps whole seconds: a file that was rewritten right after a snapshot looks the same.
+    let compare = if pool.abilities.modern { Compare::Metadata } else { Compare::Contents };
+    let mut writer = DeltaWriter::new(Some(side(top)?), side(base)?, compare, None)?;
+    let (destination, root) = (Root::open(&stage.path)?, Root::open(top.path())?);
+    let mut applier = Applier::new(destination, Some(root), Sharing::Exclusive, None, Box::new(|_| Ok(())))?;
+    while let Some(chunk) = writer.next_chunk()? {
+        applier.feed(&chunk)?;
     }
-    let why = "the volume has snapshots of its own that are newer than the base, and differ from it".to_owned();
-    Err(task.failed(ErrorKind::Unsupported(why)))
+    applier.finish()?;
+    Ok(())
 }
 
 /// Removes what is in a directory.
