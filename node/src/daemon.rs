@@ -37,7 +37,7 @@ use crate::{
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
     push::Streams,
-    receive::Replication,
+    serve::Replication,
     state::State,
     transfers::{Job, Transfers},
 };

@@ -23,6 +23,7 @@ mod push;
 mod receive;
 mod resolve;
 mod rest;
+mod serve;
 pub mod setup;
 #[cfg(feature = "simulation")]
 pub mod simulation;

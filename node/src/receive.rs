@@ -4,7 +4,7 @@
 //! a delta is applied (the driver), and what becomes of a receive whose line is cut ([`crate::inbox`]). Neighbour:
 //! [`crate::push`] is the other side.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -13,37 +13,26 @@ use flocker_replication::{
     binding::{self, Binding},
     divergence::{self, Receiver, Relation},
     inbound::{Inbound, Next},
-    message::{
-        Answer, BeginStep, Description, Message, Mode, Offer, PROTOCOL, Problem, ProblemCode, PullRequest, StepDone,
-        StepReady, StepStart, strip,
-    },
-    plan::{Direction, Outcome},
+    message::{Answer, BeginStep, Message, Mode, Offer, Problem, ProblemCode, StepDone, StepReady, StepStart, strip},
+    plan::Outcome,
 };
 use flocker_storage::{
-    delta::{Compare, DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
+    delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
     error::{Error as StorageError, ErrorKind},
     fault,
-    model::{
-        HeadState, HeldSnapshot, Lineage, NodeName, Role, SnapshotId, SnapshotKey, VolumeId, VolumeName, VolumeRecord,
-    },
+    model::{HeadState, HeldSnapshot, Lineage, Role, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
 };
-use flocker_transport::{
-    BoxError, BulkError, ChunkSink, CloseCode, Connection, ErrorKind as LinkErrorKind, Handler, Incoming, NO_PROGRESS,
-};
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
+use flocker_transport::{BoxError, BulkError, ChunkSink, CloseCode, ErrorKind as LinkErrorKind, Incoming, NO_PROGRESS};
 
 use crate::{
     api::types::ApiProblem,
     catalog::Volume,
-    config::Verb,
     daemon::Node,
     inbox::{Claim, Open, Parked},
-    kept::SERVED_IDLE,
     line::Line,
     ownership::Follows,
     problem::{self, problem},
-    push::{self, COMMIT_TIMEOUT, Sending},
+    push::COMMIT_TIMEOUT,
     resolve::{Concluded, Resolving, further_names},
     transfers::{Failure, Job},
 };
@@ -56,148 +45,6 @@ pub(crate) struct Receipt {
     pub(crate) job: Option<Arc<Job>>,
     /// Who pushes; a pull has nobody.
     pub(crate) pusher: Option<PeerIdentity>,
-}
-
-/// Serves pushes, pulls and questions of members.
-pub(crate) struct Replication {
-    node: Arc<Node>,
-    slots: Semaphore,
-}
-
-/// How many exchanges are served at once, each with up to a transfer's memory; more wait a while and are sent away as busy.
-const EXCHANGES_LIMIT: usize = 64;
-/// How long an exchange waits for another one to end.
-const SLOT_TIMEOUT: Duration = Duration::from_secs(20);
-
-#[async_trait]
-impl Handler for Replication {
-    async fn handle(&self, connection: Connection, _cancel: CancellationToken) {
-        let node = &self.node;
-        let Some(peer) = connection.peer() else {
-            return connection.close(CloseCode::AnonymousNotAllowed, "");
-        };
-        let Ok(name) = peer.name.parse::<NodeName>() else {
-            return connection.close(CloseCode::Refused, "not a node name");
-        };
-        // The node's own stop is what ends an exchange; the peer must see it as such, and go on later.
-        let _watch = node.close_on_stop(&connection, None);
-        loop {
-            if !node.check_peer(&peer) {
-                return connection.close(CloseCode::Refused, "another node has this name");
-            }
-            let exchange = match tokio::time::timeout(SERVED_IDLE, connection.accept_exchange()).await {
-                Ok(Ok(exchange)) => exchange,
-                Ok(Err(error)) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
-                Err(_) => return connection.close(CloseCode::Done, "idle"),
-            };
-            let Ok(Ok(_slot)) = tokio::time::timeout(SLOT_TIMEOUT, self.slots.acquire()).await else {
-                tracing::warn!(peer = %name, "refused an exchange: {EXCHANGES_LIMIT} are served");
-                return connection.close(CloseCode::Busy, "");
-            };
-            let mut line = Line::served(name.clone(), &connection, exchange);
-            if let Err(failure) = self.serve(&mut line, peer.clone()).await {
-                tracing::warn!(peer = %name, "an exchange failed: {}", failure.problem);
-                if !failure.problem.code.starts_with("peer_") {
-                    line.report(&problem::to_peer(&failure.problem)).await;
-                }
-                return;
-            }
-            // The peer may open the next one; what was said last still reaches it.
-            line.exchange.finish();
-        }
-    }
-}
-
-impl Replication {
-    /// Serves them for a node.
-    pub(crate) fn new(node: Arc<Node>) -> Self {
-        Self { node, slots: Semaphore::new(EXCHANGES_LIMIT) }
-    }
-
-    async fn serve(&self, line: &mut Line<'_>, peer: PeerIdentity) -> Result<(), Failure> {
-        let node = &self.node;
-        match line.recv(NO_PROGRESS).await? {
-            Message::Offer(offer) => {
-                check_protocol(offer.protocol)?;
-                node.check_right(&peer, &offer.name, Verb::Push)?;
-                receive(node, line, Receipt { offer: *offer, job: None, pusher: Some(peer) }).await.map(|_| ())
-            }
-            Message::PullRequest(request) => {
-                check_protocol(request.protocol)?;
-                node.check_right(&peer, &request.volume, Verb::Read)?;
-                serve_pull(node, line, *request).await
-            }
-            Message::Describe(request) => {
-                check_protocol(request.protocol)?;
-                node.check_right(&peer, &request.volume, Verb::Read)?;
-                let description = describe(node, &request.volume).await?;
-                line.send(&Message::Description(Box::new(description))).await
-            }
-            Message::TakeOver(request) => {
-                check_protocol(request.protocol)?;
-                node.check_right(&peer, &node.name_here(&request), Verb::Push)?;
-                let taken = node.take_over(&request, &line.peer).await?;
-                line.send(&Message::TakenOver(taken)).await
-            }
-            Message::AskClaims(request) => {
-                check_protocol(request.protocol)?;
-                line.send(&Message::Claims(node.claims_of(&request.volumes, &peer))).await
-            }
-            other => Err(line.broke(format!("it opened with {}", other.kind())).into()),
-        }
-    }
-}
-
-fn check_protocol(theirs: u32) -> Result<(), Failure> {
-    if theirs == PROTOCOL {
-        return Ok(());
-    }
-    Err(problem(
-        409,
-        "version_mismatch",
-        format!("the peer speaks revision {theirs} of the protocol, this node {PROTOCOL}"),
-    )
-    .into())
-}
-
-async fn serve_pull(node: &Arc<Node>, line: &mut Line<'_>, request: PullRequest) -> Result<(), Failure> {
-    let volume = node.catalog.find(&request.volume)?;
-    let want = match &request.snapshot {
-        Some(name) => node.sendable(&volume, name).await?,
-        None => match volume.snapshots.last() {
-            Some(held) => held.snapshot.id,
-            None => {
-                let detail = format!("volume {} has no snapshot of its own yet", request.volume);
-                return Err(problem(404, "snapshot_not_found", detail).into());
-            }
-        },
-    };
-    let sending = Sending {
-        transfer: request.transfer,
-        direction: Direction::Pull,
-        volume,
-        want,
-        name: request.name,
-        policy: request.policy,
-        mode: request.mode,
-        compare: Compare::Metadata,
-        limit: request.limit_bytes_per_second,
-    };
-    push::send(node, line, &sending, None).await.map(|_| ())
-}
-
-async fn describe(node: &Node, name: &VolumeName) -> Result<Description, Failure> {
-    let volume = node.catalog.find(name)?;
-    let id = volume.record.id;
-    let lineage = node.driver.lineage(id).await.map_err(ApiProblem::from)?;
-    Ok(Description {
-        head: node.driver.head_state(id).await.map_err(ApiProblem::from)?,
-        lineage: strip(&lineage),
-        mounted: node.mounts.of(id).map(|row| row.path),
-        formats: node.driver.capabilities().formats.clone(),
-        host: node.host(),
-        volume: volume.record,
-    })
 }
 
 /// The receiver's story on a stream where an offer has come.
@@ -581,15 +428,6 @@ impl ChunkSink for Sink {
 }
 
 impl Node {
-    pub(crate) fn check_right(&self, peer: &PeerIdentity, volume: &VolumeName, verb: Verb) -> Result<(), Failure> {
-        if self.config.permits(&peer.name, volume.as_str(), verb) {
-            return Ok(());
-        }
-        let verb = verb.word();
-        let detail = format!("{} has no right to {verb} {volume} here", peer.name);
-        Err(problem(403, "not_permitted", detail).with("verb", verb).with("volume", volume).into())
-    }
-
     async fn lineage_or_none(&self, volume: VolumeId) -> Result<Lineage, Failure> {
         match self.catalog.get(volume) {
             Some(_) => Ok(self.driver.lineage(volume).await.map_err(ApiProblem::from)?),

@@ -62,12 +62,14 @@ pub async fn make_cluster(requests: &[SeatRequest]) -> Result<Vec<Seat>, SetupEr
     let now = Timestamp::now();
     let authority = Authority::create(ClusterId(uuid::Uuid::new_v4()), now)?;
     let mut seats = Vec::new();
-    for request in requests {
+    // Keys are new in each run, and claims are compared by the ids that are made of them: their order at least is always the same.
+    let mut keys = requests.iter().map(|_| NewKey::generate()).collect::<Result<Vec<_>, _>>()?;
+    keys.sort_by_key(NewKey::node_id);
+    for (request, key) in requests.iter().zip(keys) {
         let text = format!("name = {:?}\nadvertise = [\"{}\"]\n{}", request.name, request.addr, request.config);
         let config: Config = toml::from_str(&text)?;
         std::fs::create_dir_all(&request.folder)?;
         let paths = Paths::resolve(Some(request.folder.clone()), Some(request.folder.join("s")))?;
-        let key = NewKey::generate()?;
         let issued = authority.issue(&key.csr_der()?, &request.name, now, CERTIFICATE_TTL)?;
         let identity = Identity::new(key, issued.certificate, authority.certificate_der().to_vec())?;
         identity.save(&paths.identity())?;

@@ -360,7 +360,7 @@ mod tests {
             }),
             role: Role::Replica,
             epoch: 7,
-            primary: None,
+            primary: Some(Host { id: HostId([0xab; 32]), name: "host-a".parse().unwrap() }),
             quota_bytes: None,
         }
     }
@@ -396,6 +396,9 @@ mod tests {
     fn records_written_by_format_1_are_read() {
         let read: VolumeRecord = records::decode("volume", include_bytes!("testdata/volume.json")).unwrap();
         assert_eq!(read, volume());
+        let older = include_bytes!("testdata/volume-without-primary.json");
+        let read: VolumeRecord = records::decode("volume", older).unwrap();
+        assert_eq!(read, VolumeRecord { primary: None, ..volume() });
         let read: StoredSnapshot = records::decode("snapshot", include_bytes!("testdata/snapshot.json")).unwrap();
         assert_eq!(read, stored());
     }
