@@ -235,11 +235,11 @@ impl Node {
         let started = self.start_transfer(Direction::Push, name.clone(), request).await?;
         let job = self.transfers.find(&started.id)?;
         if let Some(until) = until
-            && timeout_at(until, job.over.cancelled()).await.is_err()
+            && timeout_at(until, self.wait_for_the_end(&job)).await.is_err()
         {
             job.cancel.cancel();
         }
-        job.over.cancelled().await;
+        self.wait_for_the_end(&job).await?;
         let transfer = job.resource();
         let bytes = transfer.progress.delta_bytes;
         not_delivered(name, peer, transfer)?;

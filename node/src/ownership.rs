@@ -40,7 +40,7 @@ use crate::{
     line::Line,
     problem::{Result, STALE_LINE, problem},
     state::PeerRow,
-    transfers::Failure,
+    transfers::{Failure, Job},
 };
 
 /// How long a starting node waits for its peers before it mounts again what was mounted.
@@ -488,7 +488,16 @@ impl Node {
     ) -> Result<TransferResource> {
         let started = self.start_transfer(direction, volume.clone(), request).await?;
         let job = self.transfers.find(&started.id)?;
-        job.over.cancelled().await;
+        self.wait_for_the_end(&job).await?;
         Ok(job.resource())
+    }
+
+    /// Waits until a transfer is over, or the node stops.
+    pub(crate) async fn wait_for_the_end(&self, job: &Job) -> Result<()> {
+        tokio::select! {
+            biased;
+            () = job.over.cancelled() => Ok(()),
+            () = self.cancel.cancelled() => Err(problem(503, "shutting_down", "the node is stopping")),
+        }
     }
 }

@@ -361,16 +361,33 @@ async fn after_a_kill_at_any_fault_point_a_btrfs_pool_is_in_the_old_or_the_new_s
     die_at_each(btrfs::FAULT_POINTS, Ground::Btrfs(mount.path())).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state() {
-    let test = "after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state";
+/// Opening a pool of ZFS takes long: the points are shared out among tests that run side by side.
+const ZFS_SHARES: usize = 3;
+
+async fn die_at_each_of_zfs(test: &str, share: usize) {
     let Some(host) = ZfsHost::enter(test) else { return };
     let all: &'static [&'static str] = zfs::FAULT_POINTS;
     // In the emulated machine every command takes ten times as long: there, the verbs of several steps only.
     let is_long = |point: &&&str| point.starts_with("zfs.split.") || point.starts_with("zfs.receive.");
     let wanted = std::env::var("POINT").unwrap_or_default();
     let points = all.iter().filter(|point| host.is_fuse() || is_long(point)).filter(|point| point.contains(&wanted));
-    die_at_each(points.copied().collect::<Vec<_>>().leak(), Ground::Zfs(&host)).await;
+    let points = points.skip(share).step_by(ZFS_SHARES).copied().collect::<Vec<_>>().leak();
+    die_at_each(points, Ground::Zfs(&host)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state_1_of_3() {
+    die_at_each_of_zfs("after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state_1_of_3", 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state_2_of_3() {
+    die_at_each_of_zfs("after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state_2_of_3", 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state_3_of_3() {
+    die_at_each_of_zfs("after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_state_3_of_3", 2).await;
 }
 
 async fn die_at_each(points: &'static [&'static str], ground: Ground<'_>) {
