@@ -8,7 +8,8 @@ use jiff::Timestamp;
 use rand::{TryRngCore, rngs::OsRng};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SanType,
+    SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
@@ -52,7 +53,7 @@ impl Authority {
     /// Makes a new authority for a new cluster.
     pub fn create(cluster: ClusterId, now: Timestamp) -> Result<Self> {
         let failed = |error: rcgen::Error| crypto("create", "an authority", &error);
-        let key = KeyPair::generate().map_err(failed)?;
+        let key = KeyPair::generate_for(&PKCS_ED25519).map_err(failed)?;
         let mut params = validity(now, AUTHORITY_TTL)?;
         params.distinguished_name.push(DnType::CommonName, format!("flocker cluster {cluster}"));
         params.subject_alt_names = vec![uri(CLUSTER_URI, &cluster)?];

@@ -5,7 +5,7 @@
 use std::{fmt, path::Path};
 
 use jiff::Timestamp;
-use rcgen::{CertificateParams, DistinguishedName, KeyPair, PublicKeyData};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ED25519, PublicKeyData};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use crate::{
@@ -23,9 +23,10 @@ const AUTHORITY_FILE: &str = "ca.crt";
 pub struct NewKey(KeyPair);
 
 impl NewKey {
-    /// Makes a key (ECDSA P-256) from the operating system's randomness.
+    /// Makes a key (Ed25519) from the operating system's randomness. Its signatures have one length, so that every handshake
+    /// takes the same number of datagrams; a key of another kind that was made earlier is read all the same.
     pub fn generate() -> Result<Self> {
-        KeyPair::generate().map(Self).map_err(|error| crypto("make", "a key", &error))
+        KeyPair::generate_for(&PKCS_ED25519).map(Self).map_err(|error| crypto("make", "a key", &error))
     }
 
     /// The node this key makes.
