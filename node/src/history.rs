@@ -85,7 +85,7 @@ impl Node {
         }
         let lineage = self.driver.lineage(id).await?;
         let here: Vec<SnapshotId> = lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
-        let head = self.driver.head_state(id).await?;
+        let head = self.look_at_head(id).await?;
         let mut hosts_told = vec![HistoryHost {
             host: self.name.clone(),
             answer: HostAnswer::Holds,

@@ -152,10 +152,9 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
     let lands_in = binding.lands_in();
     let volume = binding.volume().cloned();
     let (lineage, head) = match &volume {
-        Some(record) => (
-            node.driver.lineage(record.id).await.map_err(ApiProblem::from)?,
-            node.driver.head_state(record.id).await.map_err(ApiProblem::from)?,
-        ),
+        Some(record) => {
+            (node.driver.lineage(record.id).await.map_err(ApiProblem::from)?, node.look_at_head(record.id).await?)
+        }
         None => (Lineage::default(), HeadState::Clean),
     };
     let offered: BTreeSet<SnapshotId> = offer.lineage.snapshots.iter().map(|held| held.snapshot.id).collect();

@@ -164,7 +164,7 @@ async fn describe(node: &Node, name: &VolumeName) -> Result<Description, Failure
     let id = volume.record.id;
     let lineage = node.driver.lineage(id).await.map_err(ApiProblem::from)?;
     Ok(Description {
-        head: node.driver.head_state(id).await.map_err(ApiProblem::from)?,
+        head: node.look_at_head(id).await?,
         lineage: strip(&lineage),
         mounted: node.mounts.of(id).map(|row| row.path),
         formats: node.driver.capabilities().formats.clone(),

@@ -69,10 +69,19 @@ impl Node {
     /// Shows a volume with the state of its head.
     pub(crate) async fn inspect(&self, name: &VolumeName) -> Result<VolumeResource> {
         let volume = self.catalog.find(name)?;
-        let head = self.driver.head_state(volume.record.id).await?;
+        let head = self.look_at_head(volume.record.id).await?;
         let peers = self.known_positions(&volume).await?;
         let warnings = self.superseded.warning(volume.record.id).into_iter().collect();
         Ok(VolumeResource { head: Some(head), peers, warnings, ..self.volume_resource(&volume) })
+    }
+
+    /// Tells whether a head has changes, without waiting for who works on the volume; only where that is in the way, it waits.
+    pub(crate) async fn look_at_head(&self, id: VolumeId) -> Result<HeadState> {
+        if let Ok(state) = self.driver.head_state(id).await {
+            return Ok(state);
+        }
+        let _guard = self.catalog.work_on(id).await;
+        Ok(self.driver.head_state(id).await?)
     }
 
     /// Creates an empty volume.
