@@ -328,8 +328,8 @@ impl Node {
         told.collect()
     }
 
-    /// Looks, once the node serves or was promoted by force, whether a peer has become the primary of a volume meanwhile;
-    /// until each has answered once.
+    /// Looks, once the node serves, was promoted by force, or unmounted a volume whose primary is another node, whether peers have
+    /// become primaries meanwhile, and follows them; until each peer has answered once.
     pub(crate) async fn follow_newer_primaries(self: Arc<Self>) {
         let mut answered: BTreeSet<NodeName> = BTreeSet::new();
         let mut pause = LOOK_PAUSE;
@@ -341,10 +341,11 @@ impl Node {
                 }
             }
             let successors: Vec<VolumeId> = self.superseded.lock().keys().copied().collect();
+            let mut again = false;
             for id in successors {
-                self.step_down(id).await;
+                again |= self.step_down(id).await;
             }
-            if peers.iter().all(|peer| answered.contains(peer)) {
+            if !again && peers.iter().all(|peer| answered.contains(peer)) {
                 return;
             }
             tokio::select! {
@@ -410,13 +411,14 @@ impl Node {
         Ok(claims)
     }
 
-    /// Goes on as a replica of a volume whose primary is another node now. What is mounted waits.
-    pub(crate) async fn step_down(self: &Arc<Self>, id: VolumeId) {
-        let Some(successor) = self.superseded.lock().get(&id).cloned() else { return };
-        let Successor { peer, name, follows } = &successor;
+    /// Goes on as a replica of a volume whose primary is another node now; tells whether it is to be tried again. What is
+    /// mounted waits.
+    async fn step_down(self: &Arc<Self>, id: VolumeId) -> bool {
+        let Some(successor) = self.superseded.lock().get(&id).cloned() else { return false };
+        let Successor { peer, follows, .. } = &successor;
         let Some(known) = self.catalog.get(id).filter(|known| known.record.role == Role::Primary) else {
             self.superseded.lock().remove(&id);
-            return;
+            return false;
         };
         let own = &known.record.name;
         if let Some(row) = self.mounts.of(id) {
@@ -425,31 +427,37 @@ impl Node {
                 "{peer} is the primary since epoch {}, and the volume is mounted here: it becomes a replica when it is unmounted",
                 follows.epoch
             );
-            return;
+            return false;
         }
         tracing::warn!(volume = %own, "{peer} is the primary since epoch {}: this node follows it", follows.epoch);
-        if let Err(problem) = self.keep_what_is_unsaved(id).await {
-            tracing::error!(volume = %own, "cannot follow {peer}: {problem}");
-            return;
-        }
+        let failed = match self.follow_successor(id, own, &successor).await {
+            Ok(()) => {
+                self.superseded.lock().remove(&id);
+                return false;
+            }
+            Err(problem) => problem,
+        };
+        tracing::error!(volume = %own, "cannot follow {peer}: {failed}");
+        // Somebody was using the volume, or wrote to it in between.
+        failed.code.ends_with("busy") || failed.code == "dirty"
+    }
+
+    async fn follow_successor(self: &Arc<Self>, id: VolumeId, own: &VolumeName, successor: &Successor) -> Result<()> {
+        let Successor { peer, name, follows } = successor;
+        self.keep_what_is_unsaved(id).await?;
         let request = StartTransfer {
             as_name: (name != own).then(|| own.clone()),
             on_divergence: DivergencePolicy::Theirs,
             ..StartTransfer::to(peer.clone())
         };
-        match self.transfer_to_its_end(Direction::Pull, name, request).await {
-            Ok(transfer) if transfer.state == TransferState::Done => {
+        let transfer = self.transfer_to_its_end(Direction::Pull, name, request).await?;
+        match (transfer.state, transfer.problem) {
+            (TransferState::Done, _) => {
                 let has_all = transfer.outcome.is_some_and(|outcome| outcome.verdict == Verdict::UpToDate);
-                match self.step_down_clean(id, follows, has_all).await {
-                    Ok(()) => drop(self.superseded.lock().remove(&id)),
-                    Err(problem) => tracing::error!(volume = %own, "cannot become a replica of {peer}: {problem}"),
-                }
+                self.step_down_clean(id, follows, has_all).await
             }
-            Ok(transfer) => {
-                let why = transfer.problem.map(|problem| problem.to_string()).or(transfer.refusal).unwrap_or_default();
-                tracing::error!(volume = %own, "cannot follow {peer}: {why}");
-            }
-            Err(problem) => tracing::error!(volume = %own, "cannot follow {peer}: {problem}"),
+            (_, Some(problem)) => Err(problem),
+            (_, None) => Err(problem(409, "refused", transfer.refusal.unwrap_or_default())),
         }
     }
 

@@ -8,9 +8,8 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use flocker_certs::{EnrolRefusal, EnrolReply, EnrolRequest, Member, NodeId, PeerIdentity, Token};
-use flocker_storage::model::NodeName;
+use flocker_storage::{clock, model::NodeName};
 use flocker_transport::{ALPN, CloseCode, Connection, ErrorKind as LinkErrorKind, Exchange, Handler};
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -163,7 +162,7 @@ impl Node {
     }
 
     async fn seen(&self, row: &PeerRow) {
-        let row = PeerRow { last_seen: Some(Timestamp::now()), ..row.clone() };
+        let row = PeerRow { last_seen: Some(clock::now()), ..row.clone() };
         self.peers.lock().insert(row.node_id.clone(), row.clone());
         if let Err(error) = self.state.put_peer(&row).await {
             tracing::error!("{}", chain(&error));
@@ -184,7 +183,7 @@ impl Node {
         if ttl.is_zero() || ttl > TOKEN_TTL_LIMIT {
             return Err(problem(400, "bad_request", "a token's time must be between a second and 30 days"));
         }
-        let expires = Timestamp::now()
+        let expires = clock::now()
             .checked_add(jiff::SignedDuration::from_secs(ttl.as_secs() as i64))
             .map_err(|error| problem(400, "bad_request", error))?;
         let addresses = self.advertised();
@@ -229,8 +228,8 @@ impl Node {
             addresses.truncate(ADDRESSES_LIMIT);
             let row = match known {
                 Some(row) if !itself => row,
-                Some(row) if addresses.is_empty() => PeerRow { last_seen: Some(Timestamp::now()), ..row },
-                _ => PeerRow { node_id, name, addresses, last_seen: itself.then(Timestamp::now) },
+                Some(row) if addresses.is_empty() => PeerRow { last_seen: Some(clock::now()), ..row },
+                _ => PeerRow { node_id, name, addresses, last_seen: itself.then(clock::now) },
             };
             self.peers.lock().insert(row.node_id.clone(), row.clone());
             if let Err(error) = self.state.put_peer(&row).await {
@@ -287,17 +286,16 @@ impl Node {
         if token.used_by.is_some() {
             return Err(EnrolRefusal::UsedToken);
         }
-        if Timestamp::now() > token.expires {
+        if clock::now() > token.expires {
             return Err(EnrolRefusal::ExpiredToken);
         }
         if name == self.name || self.peers.by_name(&name).is_some() {
             return Err(EnrolRefusal::NameTaken);
         }
-        let issued =
-            authority.issue(&request.csr, name.as_str(), Timestamp::now(), CERTIFICATE_TTL).map_err(|error| {
-                tracing::warn!("{}", chain(&error));
-                EnrolRefusal::InvalidRequest
-            })?;
+        let issued = authority.issue(&request.csr, name.as_str(), clock::now(), CERTIFICATE_TTL).map_err(|error| {
+            tracing::warn!("{}", chain(&error));
+            EnrolRefusal::InvalidRequest
+        })?;
         if !self.state.use_token(token_id, issued.node_id.to_string()).await.map_err(failed)? {
             return Err(EnrolRefusal::UsedToken);
         }

@@ -57,8 +57,7 @@ pub(crate) async fn mount(
 pub(crate) async fn unmount(State(node): State<Arc<Node>>, Path(name): Path<VolumeName>) -> Result<StatusCode> {
     let id = node.unmount(&name).await?;
     if node.superseded.holds(id) {
-        let follower = node.clone();
-        node.tasks.spawn(async move { follower.step_down(id).await });
+        node.tasks.spawn(node.clone().follow_newer_primaries());
     }
     Ok(StatusCode::NO_CONTENT)
 }
