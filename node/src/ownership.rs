@@ -50,6 +50,9 @@ const LOOK_PAUSE: Duration = Duration::from_secs(1);
 /// See [`LOOK_PAUSE`].
 const LOOK_PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
+/// How often a node tries to follow a newer primary that it cannot follow, until its next start.
+const FOLLOW_TRIES: u32 = 60;
+
 /// Whom a replica follows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Follows {
@@ -332,7 +335,7 @@ impl Node {
     /// become primaries meanwhile, and follows them; until each peer has answered once.
     pub(crate) async fn follow_newer_primaries(self: Arc<Self>) {
         let mut answered: BTreeSet<NodeName> = BTreeSet::new();
-        let mut pause = LOOK_PAUSE;
+        let (mut pause, mut tries) = (LOOK_PAUSE, 0);
         loop {
             let peers: Vec<NodeName> = self.peer_resources().into_iter().map(|peer| peer.name).collect();
             for peer in peers.iter().filter(|peer| !answered.contains(*peer)).cloned().collect::<Vec<_>>() {
@@ -345,7 +348,10 @@ impl Node {
             for id in successors {
                 again |= self.step_down(id).await;
             }
-            if !again && peers.iter().all(|peer| answered.contains(peer)) {
+            if again && tries < FOLLOW_TRIES {
+                tries += 1;
+                answered.clear();
+            } else if peers.iter().all(|peer| answered.contains(peer)) {
                 return;
             }
             tokio::select! {
@@ -438,8 +444,12 @@ impl Node {
             Err(problem) => problem,
         };
         tracing::error!(volume = %own, "cannot follow {peer}: {failed}");
-        // Somebody was using the volume, or wrote to it in between.
-        failed.code.ends_with("busy") || failed.code == "dirty"
+        // Somebody may have been using the volume, or the peer has itself become another one's replica: it is asked anew.
+        let again = failed.code != "refused" && failed.code != "peer_not_permitted";
+        if again {
+            self.superseded.lock().remove(&id);
+        }
+        again
     }
 
     async fn follow_successor(self: &Arc<Self>, id: VolumeId, own: &VolumeName, successor: &Successor) -> Result<()> {
