@@ -483,6 +483,10 @@ impl Scenario {
             for volume in self.world.look(node) {
                 let Some(tip) = volume.snapshots.last() else { continue };
                 let peer = self.other(node);
+                // A node that follows a newer primary takes away what had landed beside its volume.
+                if !self.world.look(node).iter().any(|other| other.record.id == volume.record.id) {
+                    continue;
+                }
                 let name = volume.record.name.as_str();
                 let body =
                     json!({ "peer": name_of(peer), "snapshot": tip.held.snapshot.name, "on_divergence": "fork" });
