@@ -63,7 +63,15 @@ impl Arrival {
     pub(super) fn open(task: &Task, features: u64, going_on: Option<u64>) -> Result<Self> {
         let pool = &task.pool;
         match (&task.destination, task.request.base) {
-            (Destination::Volume(volume), Some(base)) if base.volume == volume.id() => pool.level_head(task, volume)?,
+            (Destination::Volume(volume), Some(base)) if base.volume == volume.id() => {
+                // What came after the base is in the way, unless it changed nothing.
+                let mut after = volume.snapshots.iter().rev().take_while(|stored| stored.snapshot.id != base.snapshot);
+                if !after.all(|stored| stored.unchanged) {
+                    let why = "the base is an older snapshot than the newest one here".to_owned();
+                    return Err(task.failed(ErrorKind::FormatUnfit(why)));
+                }
+                pool.level_head(task, volume)?;
+            }
             (Destination::Volume(_), _) => {
                 let why = "the volume is there, and the delta does not build on one of its own snapshots".to_owned();
                 return Err(task.failed(ErrorKind::FormatUnfit(why)));
