@@ -312,6 +312,7 @@ impl Node {
         if known.record.role == Role::Replica && known.record.epoch < handoff.epoch {
             known.record.role = Role::Primary;
             self.set_record(known).await?;
+            fault::point("handoff.taken-back");
         }
         drop(guard);
         if let Some(row) = &handoff.mount
@@ -320,21 +321,27 @@ impl Node {
             let access = if row.read_only { Access::ReadOnly } else { Access::ReadWrite };
             self.mount_again(&name, MountVolume { path: Some(row.path.clone()), access: Some(access) }).await?;
         }
-        fault::point("handoff.taken-back");
+        fault::point("handoff.mounted-again");
         self.forget_hand_off(handoff.volume).await
     }
 
-    /// The same at start-up, before mounts are restored.
-    pub(crate) async fn take_back_unasked(&self, handoff: &HandOff) -> Result<()> {
+    /// Goes on at start-up, before mounts are restored, with what a crash interrupted; tells whether the peer has yet to be
+    /// asked again. Otherwise the volume is this node's as before: nobody was asked, or it had been taken back.
+    pub(crate) async fn recover_hand_off(&self, handoff: &HandOff) -> Result<bool> {
         let scan = self.driver.scan().await?;
         let found = scan.volumes.into_iter().map(|(record, _)| record).find(|record| record.id == handoff.volume);
-        if let Some(record) = found.filter(|record| record.role == Role::Replica && record.epoch < handoff.epoch) {
+        let Some(record) = found.filter(|record| record.epoch < handoff.epoch) else { return Ok(false) };
+        if handoff.asked && record.role == Role::Replica {
+            self.handoffs.insert(handoff.clone());
+            return Ok(true);
+        }
+        if record.role == Role::Replica {
             self.driver.set_record(&VolumeRecord { role: Role::Primary, ..record }).await?;
         }
         if let Some(row) = &handoff.mount {
             self.state.put_mount(row).await?;
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Ends a hand-over in the journal.
@@ -428,7 +435,9 @@ impl Node {
     async fn handed_off(&self, handoff: &HandOff, host: &Host) -> Result<()> {
         let _guard = self.catalog.work_on(handoff.volume).await;
         let is_open = self.handoffs.peer_of(handoff.volume).is_some();
-        if let Some(mut known) = self.catalog.get(handoff.volume).filter(|_| is_open) {
+        let gives_way =
+            |known: &Volume| is_open && known.record.role == Role::Replica && known.record.epoch < handoff.epoch;
+        if let Some(mut known) = self.catalog.get(handoff.volume).filter(gives_way) {
             known.record.role = Role::Replica;
             known.record.epoch = handoff.epoch;
             known.record.primary = Some(host.clone());

@@ -263,9 +263,9 @@ impl Node {
         volume.record.role = Role::Primary;
         volume.record.epoch = standing.newest().epoch.max(volume.record.epoch) + 1;
         volume.record.primary = Some(self.host());
-        self.set_record(volume.clone()).await?;
-        // Whatever a peer answers to an older question now: the epoch is over.
+        // First, so that after a crash no peer is asked any more to be the primary of an epoch that is over.
         self.forget_hand_off(known.record.id).await?;
+        self.set_record(volume.clone()).await?;
         for loss in &losses {
             tracing::warn!(volume = %name, epoch = volume.record.epoch, "promoted by force: {loss}");
         }

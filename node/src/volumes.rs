@@ -342,12 +342,12 @@ impl Node {
                 Operation::Adopt(adoption) => self.carry_out(adoption).await,
                 Operation::Rename(renaming) => self.carry_out_renaming(renaming).await,
                 Operation::Merge { volume, snapshot } => self.finish_merge(*volume, *snapshot).await,
-                // What was asked of a peer is settled with it, once the node serves.
-                Operation::HandOff(handoff) if handoff.asked => {
-                    self.handoffs.insert((**handoff).clone());
-                    continue;
-                }
-                Operation::HandOff(handoff) => self.take_back_unasked(handoff).await,
+                Operation::HandOff(handoff) => match self.recover_hand_off(handoff).await {
+                    // What was asked of a peer is settled with it, once the node serves.
+                    Ok(true) => continue,
+                    Ok(false) => Ok(()),
+                    Err(error) => Err(error),
+                },
             };
             match done {
                 Ok(()) => self.state.end(id).await?,

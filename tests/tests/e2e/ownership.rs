@@ -333,6 +333,34 @@ fn a_crash_of_the_old_primary_leaves_one_primary() {
 }
 
 #[test]
+fn a_crash_while_it_is_taken_back_leaves_it_here_and_asks_nobody_again() {
+    for point in ["handoff.taken-back", "handoff.mounted-again"] {
+        let mut cluster = replicated(2);
+        let (a, b) = cluster.pair();
+        b.mount_to_read("db");
+        a.kill9();
+        a.fault = Some(point.to_owned());
+        a.start();
+        let mount = a.mount("db");
+        a.start_cli(&["handoff", "db", "host-b"]).finish(LONG).ends_with(5);
+        wait_until(&format!("host-a dies at {point}"), LONG, || a.is_dead().then_some(()));
+        a.kill9();
+        a.fault = None;
+        // Now it would be free to say yes.
+        b.cli(&["unmount", "db"]).ok();
+        a.start();
+        let shown = inspect(a, "db");
+        assert_eq!((&shown["role"], shown.get("handing_over_to")), (&"primary".into(), None), "{point}");
+        fs::write(mount.join("file"), "still written here").unwrap();
+        a.cli(&["snapshot", "db@two"]).ok();
+        a.push("db@two", "host-b");
+        assert_eq!((role(b, "db").as_str(), read(b, "db").as_str()), ("replica", "still written here"), "{point}");
+        assert_sound(a);
+        wait_tidy(a);
+    }
+}
+
+#[test]
 fn a_crash_of_the_new_primary_is_waited_for() {
     for point in ["takeover.before-record", "takeover.recorded"] {
         let mut cluster = replicated(2);
