@@ -32,10 +32,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    api::types::{
-        ApiProblem, Direction, HandOffReport, HandOffVolume, MountVolume, StartTransfer, TransferResource,
-        TransferState,
-    },
+    api::ownership::{HandOffReport, HandOffVolume},
+    api::types::{ApiProblem, Direction, MountVolume, StartTransfer, TransferResource, TransferState},
     catalog::Volume,
     daemon::Node,
     line::Line,

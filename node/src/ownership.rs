@@ -31,9 +31,8 @@ use flocker_transport::NO_PROGRESS;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    api::types::{
-        ApiProblem, Direction, PromoteVolume, StartTransfer, TransferResource, TransferState, VolumeResource,
-    },
+    api::ownership::PromoteVolume,
+    api::types::{ApiProblem, Direction, StartTransfer, TransferResource, TransferState, VolumeResource},
     catalog::Volume,
     config::Verb,
     daemon::Node,

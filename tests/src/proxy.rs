@@ -29,6 +29,7 @@ struct Line {
     /// Bytes per second in each direction, 0 for no limit.
     rate: AtomicU64,
     forwarded: AtomicU64,
+    dropped: AtomicU64,
 }
 
 impl Proxy {
@@ -41,6 +42,7 @@ impl Proxy {
             over: AtomicBool::new(false),
             rate: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
         });
         let forwarder = Arc::clone(&line);
         thread::spawn(move || forward(&Arc::new(socket), target, &forwarder));
@@ -60,6 +62,11 @@ impl Proxy {
     /// Limits each direction to this many bytes per second; 0 for no limit.
     pub fn limit(&self, bytes_per_second: u64) {
         self.line.rate.store(bytes_per_second, Ordering::SeqCst);
+    }
+
+    /// Returns how many datagrams were dropped while the line was cut.
+    pub fn dropped(&self) -> u64 {
+        self.line.dropped.load(Ordering::SeqCst)
     }
 
     /// Returns how many bytes have been forwarded in both directions.
@@ -123,6 +130,7 @@ impl Pace {
 
     fn lets_through(&mut self, line: &Line, length: usize) -> bool {
         if line.cut.load(Ordering::SeqCst) {
+            line.dropped.fetch_add(1, Ordering::SeqCst);
             return false;
         }
         let rate = line.rate.load(Ordering::SeqCst);

@@ -6,7 +6,8 @@ use anyhow::Context as _;
 use clap::Args;
 use flocker_node::api::{
     client::{Access, NodeName, VolumeName},
-    types::{CreateVolume, HandOffVolume, MountKind, MountVolume, PatchVolume, PromoteVolume},
+    ownership::{HandOffVolume, PromoteVolume},
+    types::{CreateVolume, MountKind, MountVolume, PatchVolume},
 };
 use jiff::Timestamp;
 

@@ -35,9 +35,9 @@ pub use flocker_storage::{
 };
 
 use super::types::{
-    ApiProblem, CloneSnapshot, CreateSnapshot, CreateToken, CreateVolume, HandOffReport, HandOffVolume,
-    HistoryResource, MountResource, MountVolume, NodeResource, PatchVolume, PeerResource, PoolResource, PromoteVolume,
-    Rollback, SnapshotResource, StartTransfer, TokenResource, TransferResource, Verification, VolumeResource,
+    ApiProblem, CloneSnapshot, CreateSnapshot, CreateToken, CreateVolume, HistoryResource, MountResource, MountVolume,
+    NodeResource, PatchVolume, PeerResource, PoolResource, Rollback, SnapshotResource, StartTransfer, TokenResource,
+    TransferResource, Verification, VolumeResource,
 };
 
 /// The longest path of a unix socket, in bytes: `sun_path` holds 108 with its closing NUL (unix(7)).
@@ -231,16 +231,6 @@ impl Client {
     /// Puts a volume back to one of its snapshots.
     pub async fn rollback(&self, name: &VolumeName, request: &Rollback) -> Result<VolumeResource> {
         self.post(volume_path(name, "/rollback"), request).await
-    }
-
-    /// Makes a replica the primary.
-    pub async fn promote(&self, name: &VolumeName, request: &PromoteVolume) -> Result<VolumeResource> {
-        self.post(volume_path(name, "/promote"), request).await
-    }
-
-    /// Makes a peer the primary in this node's place.
-    pub async fn hand_off(&self, name: &VolumeName, request: &HandOffVolume) -> Result<HandOffReport> {
-        self.post(volume_path(name, "/handoff"), request).await
     }
 }
 

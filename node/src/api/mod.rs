@@ -5,6 +5,7 @@ pub mod diff;
 mod lines;
 pub mod merge;
 mod nodes;
+pub mod ownership;
 pub(crate) mod server;
 mod snapshots;
 mod transfers;

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{diff, merge, nodes, snapshots, transfers, types::ApiProblem, volumes};
+use super::{diff, merge, nodes, ownership, snapshots, transfers, types::ApiProblem, volumes};
 use crate::{daemon::Node, problem::problem};
 
 /// The largest request body: metadata's limit, quoted and escaped.
@@ -35,8 +35,8 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/volumes/{name}/mount", post(volumes::mount))
         .route("/v1/volumes/{name}/unmount", post(volumes::unmount))
         .route("/v1/volumes/{name}/rollback", post(volumes::rollback))
-        .route("/v1/volumes/{name}/promote", post(volumes::promote))
-        .route("/v1/volumes/{name}/handoff", post(volumes::hand_off))
+        .route("/v1/volumes/{name}/promote", post(ownership::promote))
+        .route("/v1/volumes/{name}/handoff", post(ownership::hand_off))
         .route("/v1/volumes/{name}/merge", post(merge::merge))
         .route("/v1/diff", get(diff::diff))
         .route("/v1/volumes/{name}/history", get(volumes::history))

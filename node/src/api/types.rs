@@ -66,45 +66,6 @@ pub struct PeerPosition {
     pub behind: Option<u64>,
 }
 
-/// Makes a replica the primary.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PromoteVolume {
-    /// Also where another node is the primary, or may be.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// Makes a peer the primary in this node's place.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HandOffVolume {
-    /// The peer.
-    pub peer: NodeName,
-    /// How long to wait, in milliseconds, until nobody uses the volume's mount any more; half a minute when left out.
-    #[serde(default)]
-    pub wait_ms: Option<u64>,
-}
-
-/// What a hand-over did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HandOffReport {
-    /// The volume.
-    pub volume: VolumeName,
-    /// The primary now.
-    pub primary: NodeName,
-    /// The epoch that began.
-    pub epoch: u64,
-    /// The newest snapshot, which both hold.
-    pub snapshot: SnapshotName,
-    /// Where the volume was mounted here.
-    pub unmounted: Option<String>,
-    /// From the moment the volume could not be written here to the moment it could be written there, in milliseconds.
-    pub writes_stopped_ms: u64,
-    /// Bytes that travelled before and after writes were stopped.
-    pub delta_bytes: [u64; 2],
-}
-
 /// The snapshot a volume was cloned from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OriginResource {

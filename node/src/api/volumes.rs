@@ -8,10 +8,7 @@ use serde::Deserialize;
 
 use super::{
     server::{Json, Path, Query},
-    types::{
-        CreateVolume, HandOffReport, HandOffVolume, HistoryResource, MountResource, MountVolume, PatchVolume,
-        PromoteVolume, Rollback, VolumeResource,
-    },
+    types::{CreateVolume, HistoryResource, MountResource, MountVolume, PatchVolume, Rollback, VolumeResource},
 };
 use crate::{daemon::Node, history::Hosts, problem::Result};
 
@@ -68,22 +65,6 @@ pub(crate) async fn rollback(
     Json(request): Json<Rollback>,
 ) -> Result<Answer<VolumeResource>> {
     Ok(Answer(node.rollback(&name, request).await?))
-}
-
-pub(crate) async fn promote(
-    State(node): State<Arc<Node>>,
-    Path(name): Path<VolumeName>,
-    Json(request): Json<PromoteVolume>,
-) -> Result<Answer<VolumeResource>> {
-    Ok(Answer(node.promote(&name, &request).await?))
-}
-
-pub(crate) async fn hand_off(
-    State(node): State<Arc<Node>>,
-    Path(name): Path<VolumeName>,
-    Json(request): Json<HandOffVolume>,
-) -> Result<Answer<HandOffReport>> {
-    Ok(Answer(node.hand_off(name, request).await?))
 }
 
 /// Whom a history is asked of.

@@ -12,7 +12,9 @@ use std::{
 use flocker_tests::{
     Cluster, LONG, Node, Options, Scratch,
     invariants::{array, assert_sound, histories, text, wait_tidy},
-    needs, require, wait_until,
+    needs, require,
+    situations::write,
+    wait_until,
 };
 use serde_json::Value;
 
@@ -22,12 +24,6 @@ fn inspect(node: &Node, volume: &str) -> Value {
 
 fn role(node: &Node, volume: &str) -> String {
     text(&inspect(node, volume)["role"]).to_owned()
-}
-
-fn write(node: &Node, volume: &str, contents: &str) {
-    let mount = node.mount(volume);
-    fs::write(mount.join("file"), contents).unwrap();
-    node.cli(&["unmount", volume]).ok();
 }
 
 fn read(node: &Node, volume: &str) -> String {

@@ -192,7 +192,7 @@ impl Pool {
         let Target::Head(id) = target else { return Ok(()) };
         if let Err(error) = self.unmount_head(OPERATION, id) {
             // Somebody still uses it. It is unmounted before anything is done to the head.
-            tracing::info!(volume = %id, %error, "the head stays mounted for now");
+            tracing::info!(volume = %id, %error, "the head is in use and stays mounted until something is done to it");
             return Ok(());
         }
         let Ok(volume) = self.volume(OPERATION, id) else { return Ok(()) };

@@ -83,7 +83,7 @@ impl Pool {
         if *readers == 0 {
             views.remove(name);
             if let Err(trouble) = self.close_view(name) {
-                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot stays for now");
+                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot is in use and stays until the pool is opened again");
             }
         }
     }
@@ -99,7 +99,7 @@ impl Pool {
         let names: Vec<String> = locked(&self.views.0).drain().map(|(name, _)| name).collect();
         for name in names {
             if let Err(trouble) = self.close_view(&name) {
-                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot stays for now");
+                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot is in use and stays until the pool is opened again");
             }
         }
     }
