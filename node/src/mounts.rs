@@ -244,6 +244,11 @@ fn mount_failed(path: &Path, error: &io::Error) -> ApiProblem {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    // Another thread would take real time, in which a simulation goes on.
+    #[cfg(feature = "simulation")]
+    if flocker_storage::simulation::is_running() {
+        return work();
+    }
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
