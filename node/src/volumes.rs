@@ -128,6 +128,7 @@ impl Node {
     /// Destroys a volume with its snapshots.
     pub(crate) async fn destroy_volume(&self, name: &VolumeName) -> Result<()> {
         let (volume, _guard) = self.catalog.claim(name).await?;
+        self.handoffs.check_settled(&volume)?;
         self.check_unmounted(&volume, "destroy")?;
         self.check_unpinned(&volume, "destroy")?;
         self.inbox.check_quiet(&volume, "destroy")?;

@@ -389,6 +389,7 @@ fn nobody_writes_while_a_hand_over_is_in_doubt_until_it_is_forced() {
     a.cli(&["mount", "db"]).ends_with(4).says(&["host-b was asked to be the primary of db"]);
     a.cli(&["promote", "db"]).ends_with(4).says(&["flocker promote db --force"]);
     a.cli(&["snapshot", "db@no"]).ends_with(4);
+    a.cli(&["destroy", "db"]).ends_with(4).says(&["host-b was asked to be the primary of db"]);
 
     let forced = a.cli(&["promote", "db", "--force"]).ok().json();
     assert_eq!((&forced["role"], forced.get("handing_over_to")), (&"primary".into(), None));
