@@ -65,8 +65,7 @@ impl Arrival {
         match (&task.destination, task.request.base) {
             (Destination::Volume(volume), Some(base)) if base.volume == volume.id() => {
                 // What came after the base is in the way, unless it changed nothing.
-                let mut after = volume.snapshots.iter().rev().take_while(|stored| stored.snapshot.id != base.snapshot);
-                if !after.all(|stored| stored.unchanged) {
+                if volume.changed_after(base.snapshot) {
                     let why = "the base is an older snapshot than the newest one here".to_owned();
                     return Err(task.failed(ErrorKind::FormatUnfit(why)));
                 }

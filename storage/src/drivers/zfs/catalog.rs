@@ -95,6 +95,12 @@ impl Volume {
         own.or(self.record.origin)
     }
 
+    /// Tells whether a snapshot that came after one of its own (or all of them, where it is none of them) changed anything.
+    pub(super) fn changed_after(&self, base: SnapshotId) -> bool {
+        let mut after = self.snapshots.iter().rev().take_while(|stored| stored.snapshot.id != base);
+        after.any(|stored| !stored.unchanged)
+    }
+
     pub(super) fn next_sequence(&self) -> u64 {
         self.newest().map_or(0, |last| last.sequence) + 1
     }

@@ -77,7 +77,7 @@ impl Graft {
             }
         };
         if let (Destination::Volume(volume), Some(from), Some(base)) = (&task.destination, from, &base)
-            && differs(task, volume, from)
+            && volume.changed_after(task.request.base.unwrap_or(from).snapshot)
         {
             let top = pool.view(OPERATION, from)?;
             put_back(pool, &stage, &top, base)?;
@@ -139,13 +139,6 @@ fn top_of(task: &Task, volume: &Volume) -> Result<SnapshotKey> {
         let why = "the volume is there and has no snapshot; destroy it first".to_owned();
         task.failed(ErrorKind::Unsupported(why))
     })
-}
-
-/// Tells whether the volume's newest snapshot may hold something else than the base.
-fn differs(task: &Task, volume: &Volume, top: SnapshotKey) -> bool {
-    let Some(base) = task.request.base.filter(|base| *base != top) else { return false };
-    let behind = volume.snapshots.iter().position(|stored| stored.snapshot.id == base.snapshot).map_or(0, |at| at + 1);
-    !volume.snapshots[behind..].iter().all(|stored| stored.unchanged)
 }
 
 /// Has a stage, a clone of `top`, hold what `base` holds. Only what differs is written.
