@@ -435,6 +435,35 @@ fn swapping_the_sides_mirrors_the_result() {
     });
 }
 
+/// Merges in turn, each time what has come together so far with the next side; `None` where one of them has conflicts.
+fn merge_all(base: &Listing, sides: [&Listing; 3]) -> Option<Listing> {
+    let clean = |ours: &Listing, theirs: &Listing| {
+        let merged = merge(base, ours, theirs, Resolve::Stop);
+        merged.plan.conflicts().is_empty().then_some(merged.result)
+    };
+    clean(&clean(sides[0], sides[1])?, sides[2])
+}
+
+/// Commutative and associative: what has no conflicts in two orders has one result.
+#[test]
+fn the_order_in_which_hosts_are_merged_changes_nothing() {
+    let compared = std::sync::atomic::AtomicUsize::new(0);
+    for_all(|seed| {
+        let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let mut base = Model::new();
+        (0..dice.roll(14)).for_each(|_| base.edit(&mut dice));
+        let [a, b, c] = [(); 3].map(|()| base.edited(&mut dice, 3).listing());
+        let base = base.listing();
+        let orders = [[&a, &b, &c], [&b, &a, &c], [&b, &c, &a], [&c, &b, &a], [&a, &c, &b], [&c, &a, &b]];
+        let results: Vec<Listing> = orders.into_iter().filter_map(|sides| merge_all(&base, sides)).collect();
+        if let Some((first, others)) = results.split_first() {
+            assert!(others.iter().all(|other| other == first), "{first:#?}\n{others:#?}");
+            compared.fetch_add(usize::from(others.len() == 5), std::sync::atomic::Ordering::Relaxed);
+        }
+    });
+    assert!(compared.into_inner() > CASES as usize / 4, "too few of the cases are merged in all six orders");
+}
+
 fn file(content: u64) -> Version {
     Version { kind: EntryKind::File { size: content }, content, meta: meta(1), group: None }
 }

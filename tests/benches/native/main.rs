@@ -14,6 +14,7 @@ mod ssh;
 use std::{
     fs,
     process::Command,
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -27,8 +28,10 @@ use crate::{byhand::ByHand, ssh::Ssh};
 
 /// What the environment says.
 struct Settings {
-    /// `FLOCKER_BENCH_SCALE`: 1 is the full size, 1 GiB and 10,000 snapshots.
+    /// `FLOCKER_BENCH_SCALE`: 1 is the full size, 1 GiB.
     scale: f64,
+    /// `FLOCKER_BENCH_SNAPSHOTS`: how many there are to list, 10,000 at full size. Taking them is what lasts.
+    snapshots: u64,
     /// `FLOCKER_BENCH_RUNS`: how often each contender runs.
     runs: usize,
     /// `FLOCKER_BENCH_CASES`: some of `btrfs,zfs`.
@@ -38,8 +41,11 @@ struct Settings {
 impl Settings {
     fn read() -> Self {
         let text = |name: &str| std::env::var(name).ok();
+        let scale = text("FLOCKER_BENCH_SCALE").and_then(|text| text.parse().ok()).unwrap_or(1.0);
+        let snapshots = text("FLOCKER_BENCH_SNAPSHOTS").and_then(|text| text.parse().ok());
         Self {
-            scale: text("FLOCKER_BENCH_SCALE").and_then(|text| text.parse().ok()).unwrap_or(1.0),
+            scale,
+            snapshots: snapshots.unwrap_or((10_000.0 * scale) as u64),
             runs: text("FLOCKER_BENCH_RUNS").and_then(|text| text.parse().ok()).unwrap_or(3).max(1),
             cases: text("FLOCKER_BENCH_CASES").unwrap_or_else(|| "btrfs,zfs".to_owned()),
         }
@@ -51,6 +57,10 @@ impl Settings {
 }
 
 const FILES: u64 = 4;
+/// How many snapshots of those that are listed a volume has.
+const SNAPSHOTS_EACH: u64 = 100;
+/// How many volumes are filled at once.
+const FILLERS: usize = 4;
 const MEBIBYTE: u64 = 1 << 20;
 
 fn main() {
@@ -152,21 +162,41 @@ fn tiny(settings: &Settings, a: &Node, b: &Node) {
 
 /// How long it takes to list many snapshots from the pool, as a daemon does when it starts.
 fn listing(settings: &Settings, a: &mut Node) {
-    let count = settings.scaled(10_000);
-    a.cli(&["create", "many"]).ok();
-    for number in 0..count {
-        let body = serde_json::json!({ "name": format!("s{number}") });
-        a.http("POST", "/v1/volumes/many/snapshots", Some(&body)).is(201);
-    }
+    let volumes = settings.snapshots.div_ceil(SNAPSHOTS_EACH);
+    let next = AtomicU64::new(0);
+    let fill = || {
+        loop {
+            let volume = next.fetch_add(1, Ordering::Relaxed);
+            if volume >= volumes {
+                break;
+            }
+            a.cli(&["create", &format!("many-{volume}")]).ok();
+            for number in volume * SNAPSHOTS_EACH..((volume + 1) * SNAPSHOTS_EACH).min(settings.snapshots) {
+                let body = serde_json::json!({ "name": format!("s{number}") });
+                a.http("POST", &format!("/v1/volumes/many-{volume}/snapshots"), Some(&body)).is(201);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..FILLERS {
+            scope.spawn(fill);
+        }
+    });
     a.stop();
     let before = started_programs(a);
     let started = Instant::now();
     a.start();
     let took = started.elapsed();
-    let listed = a.cli(&["snapshots", "many"]).ok().json().as_array().unwrap().len() as u64;
-    assert_eq!(listed, count);
     let programs = started_programs(a) - before;
-    println!("  start with {count} snapshots in one volume: {:.2} s, {programs} programs started", took.as_secs_f64());
+    let listed = (0..volumes).map(|volume| {
+        a.cli(&["snapshots", &format!("many-{volume}")]).ok().json().as_array().map_or(0, Vec::len) as u64
+    });
+    let listed: u64 = listed.sum();
+    assert_eq!(listed, settings.snapshots);
+    println!(
+        "  start with {listed} snapshots in {volumes} volumes: {:.2} s, {programs} programs started",
+        took.as_secs_f64()
+    );
 }
 
 /// Counts the programs that a daemon has started so far, by its log.

@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use flocker_tests::{
     Cluster, Options, Scratch,
     data::{scribble, write_ordinary_tree, write_random, write_small_files},
-    invariants::assert_sound,
+    invariants::{assert_sound, histories},
     require,
     scratch::FileSystem,
     tree::{Listing, assert_equal, assert_same},
@@ -160,6 +160,14 @@ fn history_goes_there_and_back(pools: [String; 2], scratch: Scratch, best_format
     let transfer = b.push("db@four", "host-a");
     assert!(transfer["progress"]["delta_bytes"].as_u64().unwrap() < MEBIBYTE, "{transfer}");
     assert_equal(&there, &a.mount("db"));
+    assert_eq!(histories(a)["db"], ["one", "two", "three", "four"]);
+    assert_eq!(histories(a)["db"], histories(b)["db"]);
+    for snapshot in ["db@one", "db@two", "db@three", "db@four"] {
+        let [here, there] = [&*a, &*b].map(|node| node.cli(&["inspect", snapshot]).ok().json());
+        for field in ["id", "created", "host", "parents", "metadata", "logical_bytes"] {
+            assert_eq!(here[field], there[field], "{field} of {snapshot}");
+        }
+    }
     assert_sound(a);
     assert_sound(b);
 }

@@ -181,10 +181,13 @@ impl Pool {
         locked(&self.publishing)
     }
 
-    /// Lists a dataset and all beneath it with these properties: one command, whatever there is.
+    /// Lists a dataset and all beneath it with these properties: one command, whatever there is. Bookmarks (`…#…`), which
+    /// only an operator makes, are passed over: `zfs get -r` of OpenZFS lists them, too.
     pub(super) fn list(&self, dataset: &str, properties: &str) -> std::result::Result<Vec<Found>, Trouble> {
         let words = ["get", "-Hp", "-r", "-s", "local,none", "-o", listing::FIELDS, properties, dataset];
-        Ok(listing::parse(&self.programs.zfs(&words)?))
+        let mut found = listing::parse(&self.programs.zfs(&words)?);
+        found.retain(|it| !it.name.contains('#'));
+        Ok(found)
     }
 
     /// Reads properties of one dataset or snapshot.
