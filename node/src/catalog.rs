@@ -15,7 +15,11 @@ use flocker_storage::{
 };
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use crate::problem::{self, Result};
+use crate::{
+    api::events::Event,
+    events::Events,
+    problem::{self, Result},
+};
 
 /// A volume with its own snapshots, oldest first.
 #[derive(Debug, Clone)]
@@ -46,9 +50,9 @@ struct Contents {
 }
 
 /// The catalogue of one pool.
-#[derive(Default)]
 pub(crate) struct Catalog {
     contents: Mutex<Contents>,
+    events: Arc<Events>,
 }
 
 /// A name held for a volume that is being made. Dropping it gives the name back, unless the volume has been put in.
@@ -64,6 +68,11 @@ impl Drop for Reservation<'_> {
 }
 
 impl Catalog {
+    /// Makes an empty catalogue, which tells what changes in it.
+    pub(crate) fn new(events: Arc<Events>) -> Self {
+        Self { contents: Mutex::default(), events }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Contents> {
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,13 +163,19 @@ impl Catalog {
         let id = volume.record.id;
         contents.names.retain(|_, known| *known != id);
         contents.names.insert(volume.record.name.clone(), id);
-        contents.volumes.insert(id, volume);
+        let before = contents.volumes.insert(id, volume.clone());
+        self.events.compare(before.as_ref(), Some(&volume));
     }
 
     /// Adds a snapshot to the volume that holds it.
     pub(crate) fn add_snapshot(&self, held: HeldSnapshot) {
         if let Some(volume) = self.lock().volumes.get_mut(&held.volume) {
             volume.snapshots.retain(|known| known.snapshot.id != held.snapshot.id);
+            self.events.tell(Event::SnapshotAdded {
+                volume: volume.record.name.clone(),
+                snapshot: held.snapshot.name.clone(),
+                host: held.snapshot.host.name.clone(),
+            });
             volume.snapshots.push(held);
         }
     }
@@ -171,7 +186,9 @@ impl Catalog {
         let mut contents = self.lock();
         let Some(volume) = contents.volumes.get_mut(&keep.volume) else { return };
         let kept = volume.snapshots.iter().position(|held| held.key() == keep).map_or(0, |at| at + 1);
+        let before = volume.clone();
         let mut moved = volume.snapshots.split_off(kept);
+        self.events.compare(Some(&before), Some(volume));
         let Some(record) = fork else { return };
         for held in &mut moved {
             let from = held.key();
@@ -180,13 +197,18 @@ impl Catalog {
             clones.for_each(|clone| clone.record.origin = Some(held.key()));
         }
         contents.names.insert(record.name.clone(), record.id);
-        contents.volumes.insert(record.id, Volume { record, snapshots: moved });
+        let fork = Volume { record, snapshots: moved };
+        self.events.compare(None, Some(&fork));
+        contents.volumes.insert(fork.record.id, fork);
     }
 
     /// Takes a snapshot out.
     pub(crate) fn remove_snapshot(&self, key: SnapshotKey) {
-        if let Some(volume) = self.lock().volumes.get_mut(&key.volume) {
-            volume.snapshots.retain(|held| held.snapshot.id != key.snapshot);
+        if let Some(volume) = self.lock().volumes.get_mut(&key.volume)
+            && let Some(at) = volume.snapshots.iter().position(|held| held.snapshot.id == key.snapshot)
+        {
+            let gone = volume.snapshots.remove(at).snapshot.name;
+            self.events.tell(Event::SnapshotRemoved { volume: volume.record.name.clone(), snapshot: gone });
         }
     }
 
@@ -194,8 +216,9 @@ impl Catalog {
     pub(crate) fn remove(&self, id: VolumeId) {
         let mut contents = self.lock();
         contents.names.retain(|_, known| *known != id);
-        contents.volumes.remove(&id);
+        let gone = contents.volumes.remove(&id);
         contents.locks.remove(&id);
+        self.events.compare(gone.as_ref(), None);
     }
 
     /// Waits until nobody else works on a volume. What was read of it before must be read again.

@@ -29,6 +29,7 @@ use crate::{
     api::types::{ApiProblem, NodeResource, PoolResource},
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths, WIPE_IS_NOT_KEPT},
+    events::Events,
     handoff::HandOffs,
     inbox::Inbox,
     kept::Kept,
@@ -114,6 +115,7 @@ pub(crate) struct Node {
     pub(crate) paths: Paths,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) state: State,
+    pub(crate) events: Arc<Events>,
     pub(crate) catalog: Catalog,
     pub(crate) pins: Arc<Pins>,
     pub(crate) mounts: Mounts,
@@ -176,6 +178,7 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     signals.wait(&stop).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("stopping");
+    node.events.end();
     stop_api.cancel();
     let _ = tokio::time::timeout(GRACE, api.join_next()).await;
     accepting.cancel();
@@ -263,7 +266,8 @@ impl Node {
         let driver = drivers::open(spec).await.map_err(|error| DaemonError::Pool(Box::new(error)))?;
         let state = State::open(&paths.database()).map_err(|error| start(error.into()))?;
         let peers = Peers::load(&state).await.map_err(start)?;
-        let transfers = Transfers::load(&state).await.map_err(start)?;
+        let events = Arc::<Events>::default();
+        let transfers = Transfers::load(&state, &events).await.map_err(start)?;
         let identity = Arc::new(identity);
         // Nodes of a simulation share one process, and so one table of mounts.
         let alone = matches!(listen, Listen::At(_));
@@ -284,7 +288,8 @@ impl Node {
             paths,
             driver,
             state,
-            catalog: Catalog::default(),
+            catalog: Catalog::new(events.clone()),
+            events,
             pins: Arc::default(),
             mounts: Mounts::default(),
             mounts_really: alone && rustix::process::geteuid().is_root(),

@@ -8,6 +8,7 @@ mod catalog;
 pub mod config;
 pub mod daemon;
 mod diff;
+mod events;
 mod handoff;
 mod history;
 mod inbox;

@@ -19,7 +19,10 @@ use flocker_storage::{
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::{
-    api::types::{ApiProblem, MountKind, MountResource, MountVolume},
+    api::{
+        events::Event,
+        types::{ApiProblem, MountKind, MountResource, MountVolume},
+    },
     catalog::Volume,
     daemon::Node,
     problem::{Result, problem},
@@ -101,6 +104,7 @@ impl Node {
             return Err(mount_failed(&shown, &error));
         }
         self.mounts.lock().insert(row.volume, row.clone());
+        self.events.tell(Event::Mounted { volume: name.clone(), path: row.path.clone(), read_only });
         Ok(resource(name, &row))
     }
 
@@ -151,6 +155,7 @@ impl Node {
         })?;
         self.state.remove_mount(row.volume).await?;
         self.mounts.lock().remove(&row.volume);
+        self.events.tell(Event::Unmounted { volume: name.clone() });
         self.driver.detach(Target::Head(row.volume)).await?;
         Ok(row.volume)
     }

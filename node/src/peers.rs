@@ -16,7 +16,10 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api::types::{ApiProblem, PeerResource, TokenResource},
+    api::{
+        events::Event,
+        types::{ApiProblem, PeerResource, TokenResource},
+    },
     daemon::Node,
     problem::{self, Result, chain, problem},
     state::{PeerRow, State},
@@ -368,6 +371,9 @@ impl Enrolment {
         let reply = match self.0.admit(request).await {
             Ok(reply) => {
                 tracing::info!(%name, "a node joined the cluster");
+                if let Ok(peer) = name.parse() {
+                    self.0.events.tell(Event::PeerJoined { peer });
+                }
                 reply
             }
             Err(refusal) => {

@@ -37,10 +37,14 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    api::types::{
-        ApiProblem, Direction, SLOWEST_LIMIT, StartTransfer, TransferProgress, TransferResource, TransferState,
+    api::{
+        events::Event,
+        types::{
+            ApiProblem, Direction, SLOWEST_LIMIT, StartTransfer, TransferProgress, TransferResource, TransferState,
+        },
     },
     daemon::Node,
+    events::Events,
     problem::{FORMAT_UNFIT, Result, STALE_LINE, chain, problem},
     resolve::Concluded,
     state::State,
@@ -56,6 +60,8 @@ const PATIENCE: Duration = Duration::from_secs(6 * 3600);
 const FINISHED_KEPT: usize = 200;
 /// How many warnings one transfer keeps.
 const WARNINGS_LIMIT: usize = 100;
+/// How often listeners hear of a transfer that moves.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
 /// The stretch of time that the rate is taken over.
 const RATE_WINDOW: Duration = Duration::from_secs(3);
 
@@ -94,6 +100,7 @@ pub(crate) struct Job {
     portable: AtomicBool,
     /// Cancelled once the transfer has ended.
     pub(crate) over: CancellationToken,
+    events: Arc<Events>,
     /// Asked for again, or the peer is there again: no more pause.
     pub(crate) poke: Notify,
     status: Mutex<Status>,
@@ -104,6 +111,8 @@ struct Status {
     /// Delta and wire bytes of the steps and attempts before this one.
     earlier: (u64, u64),
     samples: VecDeque<(Instant, u64)>,
+    /// When listeners heard of it last.
+    told: Instant,
     began: Instant,
     worked_before: Duration,
     met_peer: bool,
@@ -111,7 +120,7 @@ struct Status {
 }
 
 impl Job {
-    fn new(request: StartTransfer, resource: TransferResource) -> Option<Self> {
+    fn new(request: StartTransfer, resource: TransferResource, events: Arc<Events>) -> Option<Self> {
         let now = Instant::now();
         let earlier = (resource.progress.delta_bytes, resource.progress.wire_bytes);
         let worked_before = Duration::from_millis(resource.progress.elapsed_ms);
@@ -125,6 +134,7 @@ impl Job {
             work: tokio::sync::Mutex::default(),
             portable: AtomicBool::new(false),
             over: CancellationToken::new(),
+            events,
             poke: Notify::new(),
             status: Mutex::new(Status {
                 // A transfer found in the database had met its peer, or could not have been interrupted.
@@ -132,6 +142,7 @@ impl Job {
                 resource,
                 earlier,
                 samples: VecDeque::new(),
+                told: now,
                 began: now,
                 worked_before,
                 progressed: now,
@@ -156,6 +167,22 @@ impl Job {
         status.worked_before = Duration::from_millis(status.resource.progress.elapsed_ms);
         (status.began, status.progressed) = (now, now);
         status.resource.state = TransferState::Running;
+        self.tell(&mut status);
+    }
+
+    /// Tells listeners where it stands.
+    fn tell(&self, status: &mut Status) {
+        status.told = Instant::now();
+        let resource = &status.resource;
+        self.events.tell(Event::Transfer {
+            transfer: resource.id.clone(),
+            direction: resource.direction,
+            volume: resource.volume.clone(),
+            peer: resource.peer.clone(),
+            state: resource.state,
+            progress: resource.progress.clone(),
+            problem: resource.problem.as_ref().map(|problem| problem.code.clone()),
+        });
     }
 
     /// Tells whether the portable format alone is to be used.
@@ -225,6 +252,9 @@ impl Job {
         status.resource.progress.wire_bytes = earlier_wire + wire_bytes;
         status.resource.progress.rate_bytes_per_second = rate;
         status.note_time();
+        if now.duration_since(status.told) >= TELL_INTERVAL {
+            self.tell(&mut status);
+        }
     }
 
     /// Notes that what moved so far belongs to a stream that will not go on; the next one counts on top.
@@ -259,6 +289,7 @@ impl Job {
         status.resource.state = state;
         status.resource.problem = problem;
         status.resource.progress.rate_bytes_per_second = 0;
+        self.tell(&mut status);
         if state.is_final() {
             status.resource.finished = Some(clock::now());
             drop(status);
@@ -287,9 +318,10 @@ pub(crate) struct Transfers {
 
 impl Transfers {
     /// Reads the transfers from the state database.
-    pub(crate) async fn load(state: &State) -> Result<Self> {
+    pub(crate) async fn load(state: &State, events: &Arc<Events>) -> Result<Self> {
         state.interrupt_running().await?;
-        let jobs = state.transfers().await?.into_iter().filter_map(|(request, resource)| Job::new(request, resource));
+        let jobs = state.transfers().await?.into_iter();
+        let jobs = jobs.filter_map(|(request, resource)| Job::new(request, resource, events.clone()));
         Ok(Self { jobs: Mutex::new(jobs.map(|job| (job.id, Arc::new(job))).collect()) })
     }
 
@@ -404,9 +436,11 @@ impl Node {
             finished: None,
         };
         self.state.put_transfer(&request, &resource).await?;
-        let job = Job::new(request, resource).ok_or_else(|| problem(500, "internal", "a new transfer has a bad id"))?;
+        let job = Job::new(request, resource, self.events.clone());
+        let job = job.ok_or_else(|| problem(500, "internal", "a new transfer has a bad id"))?;
         let job = Arc::new(job);
         self.transfers.insert(job.clone());
+        job.tell(&mut job.status());
         self.tasks.spawn(self.clone().run_transfer(job.clone()));
         Ok(job.resource())
     }

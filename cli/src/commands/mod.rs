@@ -3,6 +3,7 @@
 //! Owns the grammar of the command line. Each submodule does the commands of one noun through the API's client.
 
 mod demo;
+mod events;
 mod history;
 mod merge;
 mod node;
@@ -149,6 +150,8 @@ enum Command {
     },
     /// Compare a snapshot with what was recorded when it was taken
     Verify(snapshots::VerifyArgs),
+    /// Tell what happens on this node, as it happens, until Ctrl-C
+    Events(events::EventsArgs),
     /// Print the completions for a shell
     Completions {
         /// The shell
@@ -302,6 +305,7 @@ impl Session<'_> {
             Command::Pull(args) => return self.pull(args).await,
             Command::Transfers { command } => return self.transfers(command.unwrap_or(TransfersCommand::List)).await,
             Command::Verify(args) => return self.verify(args).await,
+            Command::Events(args) => self.events(args).await?,
             Command::Completions { shell } => return completions(shell),
         }
         Ok(Exit::Done)

@@ -78,6 +78,22 @@ impl Lines<'_> {
         }
     }
 
+    /// Returns what the next event of a stream of server-sent events carries, `None` at the end. One line of data each is
+    /// what this API sends.
+    pub(super) async fn next_data<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.split_to(end);
+                self.buffer.advance(1);
+                if let Some(data) = line.strip_prefix(b"data:") {
+                    return decode(&self.request, data).map(Some);
+                }
+            } else if !self.more().await? {
+                return Ok(None);
+            }
+        }
+    }
+
     /// Takes in the next piece of the body; `false` at its end.
     async fn more(&mut self) -> Result<bool> {
         if self.buffer.len() > self.limit {

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod diff;
+pub mod events;
 mod lines;
 pub mod merge;
 mod nodes;

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{diff, merge, nodes, ownership, snapshots, transfers, types::ApiProblem, volumes};
+use super::{diff, events, merge, nodes, ownership, snapshots, transfers, types::ApiProblem, volumes};
 use crate::{daemon::Node, problem::problem};
 
 /// The largest request body: metadata's limit, quoted and escaped.
@@ -46,6 +46,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/volumes/{name}/snapshots/{snapshot}", get(snapshots::inspect).delete(snapshots::destroy))
         .route("/v1/volumes/{name}/snapshots/{snapshot}/clone", post(snapshots::clone))
         .route("/v1/volumes/{name}/snapshots/{snapshot}/verify", post(snapshots::verify))
+        .route("/v1/events", get(events::events))
         .route("/v1/transfers", get(transfers::list))
         .route("/v1/transfers/{id}", get(transfers::inspect))
         .route("/v1/transfers/{id}/cancel", post(transfers::cancel))

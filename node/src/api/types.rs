@@ -434,7 +434,7 @@ pub struct TransferResource {
 }
 
 /// How far a transfer is.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TransferProgress {
     /// Snapshots that have arrived.
     pub steps_done: u32,

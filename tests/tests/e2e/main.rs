@@ -10,6 +10,7 @@ mod demo;
 mod diff;
 mod divergence;
 mod enrolment;
+mod events;
 mod everything;
 mod faults;
 mod interrupted;
