@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use flocker_replication::message::{Message, Problem};
+use flocker_replication::message::{Message, Offer, Problem};
 use flocker_storage::{driver::Finding, model::NodeName};
 use flocker_transport::{CloseCode, Connection, ErrorKind, Exchange, NO_PROGRESS};
 use tokio::time::Instant;
@@ -120,10 +120,19 @@ impl<'a> Line<'a> {
         }
     }
 
+    /// Receives what follows an offer at once.
+    pub(crate) async fn recv_forgotten(&mut self, offer: &mut Offer) -> Result<(), Failure> {
+        match self.recv(NO_PROGRESS).await? {
+            Message::Forgotten(forgotten) => offer.forgotten = forgotten,
+            other => return Err(self.broke(format!("{} instead of the rest of its offer", other.kind())).into()),
+        }
+        Ok(())
+    }
+
     /// The peer does not keep to the protocol.
     pub(crate) fn broke(&self, rule: impl std::fmt::Display) -> ApiProblem {
         problem(502, "protocol", format!("{} does not keep to the protocol: {rule}", self.peer))
-            .hint("both nodes should run the same version of flocker")
+            .hint(problem::SAME_VERSION)
     }
 
     /// Tells the peer what went wrong here, as far as the line still carries it.

@@ -17,7 +17,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use flocker_replication::{
-    divergence::{self, Receiver},
+    ancestry::{self, Forgotten},
+    divergence::{self, Receiver, Sender},
     merge::with_merged,
     message::{
         Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart, StepStream,
@@ -175,6 +176,7 @@ pub(crate) async fn send(
         Some(job) if job.is_portable() => vec![DeltaFormat::tree()],
         _ => node.driver.capabilities().formats.clone(),
     };
+    let forgotten = ancestry::offered(&lineage, &node.memory_of(sending.volume.record.id, &lineage).await?);
     let offer = Offer {
         protocol: PROTOCOL,
         transfer: sending.transfer,
@@ -186,8 +188,10 @@ pub(crate) async fn send(
         policy: sending.policy,
         mode: sending.mode,
         sender: node.host(),
+        forgotten: Forgotten::default(),
     };
     line.send(&Message::Offer(Box::new(offer))).await?;
+    line.send(&Message::Forgotten(forgotten.clone())).await?;
     let mut answer = match line.recv(NO_PROGRESS).await? {
         Message::Answer(answer) => *answer,
         other => return Err(line.broke(format!("{} instead of an answer", other.kind())).into()),
@@ -195,7 +199,8 @@ pub(crate) async fn send(
     if let Some(job) = job {
         job.met_peer();
     }
-    let (mut outcome, mut steps) = compare(node, sending, &sending.name, &lineage, &formats, &answer)?;
+    let sender = Sender { lineage: &lineage, forgotten: &forgotten };
+    let (mut outcome, mut steps) = compare(node, sending, &sending.name, &sender, &formats, &answer)?;
     let resolving = is_resolved_there(sending, &outcome);
     if resolving {
         answer = match ask_to_resolve(line, &outcome).await? {
@@ -203,7 +208,7 @@ pub(crate) async fn send(
             Asked::Done(resolution) => return Ok(Concluded::resolved(outcome, *resolution)),
         };
         let beside = resolution::incoming_name(&outcome.volume, &outcome.want);
-        (outcome, steps) = compare(node, sending, &beside, &lineage, &formats, &answer)?;
+        (outcome, steps) = compare(node, sending, &beside, &sender, &formats, &answer)?;
     }
     let arrived_before = resolving && outcome.verdict == Verdict::UpToDate;
     if outcome.verdict == Verdict::UpToDate {
@@ -260,11 +265,11 @@ fn compare(
     node: &Node,
     sending: &Sending,
     name: &VolumeName,
-    lineage: &Lineage,
+    sender: &Sender<'_>,
     formats: &[DeltaFormat],
     answer: &Answer,
 ) -> Result<(Outcome, Vec<Step>), Failure> {
-    let relation = divergence::compare(lineage, &Receiver::from(answer), sending.want)
+    let relation = divergence::compare(sender, &Receiver::from(answer), sending.want)
         .map_err(|error| problem::internal(problem::chain(&error)))?;
     let parties = plan::Parties {
         direction: sending.direction,
@@ -273,7 +278,7 @@ fn compare(
         sender: node.host(),
         receiver: answer.receiver.clone(),
     };
-    let planned = plan::plan(lineage, sending.want, relation, &parties, formats, answer)
+    let planned = plan::plan(sender.lineage, sending.want, relation, &parties, formats, answer)
         .map_err(|error| problem(409, "no_common_format", problem::chain(&error)))?;
     Ok(match planned {
         Plan::UpToDate(outcome) => (outcome, Vec::new()),

@@ -10,8 +10,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use flocker_certs::PeerIdentity;
 use flocker_replication::{
+    ancestry::{self, Memory},
     binding::{self, Binding},
-    divergence::{self, Receiver, Relation},
+    divergence::{self, Receiver, Relation, Sender},
     inbound::{Inbound, Next},
     message::{Answer, BeginStep, Message, Mode, Offer, Problem, ProblemCode, StepDone, StepReady, StepStart, strip},
     plan::Outcome,
@@ -34,6 +35,7 @@ use crate::{
     problem::{self, problem},
     push::COMMIT_TIMEOUT,
     resolve::{Concluded, Resolving, further_names},
+    state::Word,
     transfers::{Failure, Job},
 };
 
@@ -67,6 +69,7 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                     none => {
                         let claim = none.insert(Claim::make(node, line, &receipt, lands_in).await?);
                         node.check_replaceable(lands_in)?;
+                        node.state.remember(lands_in, inbound.learnt(), Word::Peer).await.map_err(ApiProblem::from)?;
                         claim
                     }
                 };
@@ -121,7 +124,7 @@ async fn place_beside(
         receipt.offer.name = resolving.beside.clone();
         let (mut beside, taken) = answer(node, receipt).await?;
         resolving.narrow(bound, &mut beside);
-        let relation = divergence::compare(&receipt.offer.lineage, &Receiver::from(&beside), receipt.offer.want);
+        let relation = divergence::compare(&Sender::from(&receipt.offer), &Receiver::from(&beside), receipt.offer.want);
         let fits = matches!(relation, Ok(Relation::UpToDate | Relation::FastForward { .. } | Relation::Behind { .. }));
         match names.next() {
             Some(next) if !fits => resolving.beside = next,
@@ -158,7 +161,12 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
         None => (Lineage::default(), HeadState::Clean),
     };
     let offered: BTreeSet<SnapshotId> = offer.lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
+    let memory = match &volume {
+        Some(record) => node.memory_of(record.id, &lineage).await?,
+        None => Memory::new(),
+    };
     let answer = Answer {
+        forgotten: ancestry::answered(&lineage, &memory, offer),
         mounted: volume.as_ref().and_then(|record| node.mounts.of(record.id)).map(|row| row.path),
         lineage: strip(&lineage),
         head,

@@ -4,7 +4,7 @@
 mod support;
 
 use flocker_replication::{
-    divergence::{Receiver, compare},
+    divergence::{Receiver, Sender, compare},
     inbound::{Inbound, Next},
     message::{Answer, BeginStep, Mode, Offer, ProblemCode, StepStream},
     plan::{Direction, Parties, Plan, Step, plan},
@@ -15,7 +15,7 @@ use support::*;
 use uuid::Uuid;
 
 fn planned(offer: &Offer, answer: &Answer) -> Vec<Step> {
-    let relation = compare(&offer.lineage, &Receiver::from(answer), offer.want).unwrap();
+    let relation = compare(&Sender::from(offer), &Receiver::from(answer), offer.want).unwrap();
     let parties = Parties {
         direction: Direction::Push,
         volume: offer.volume.name.clone(),
