@@ -59,6 +59,7 @@ impl<'a> Line<'a> {
 
     /// Sends a message.
     pub(crate) async fn send(&mut self, message: &Message) -> Result<(), Failure> {
+        said(message.kind());
         self.exchange.send_within(message, NO_PROGRESS).await.map_err(|error| self.failed(error))
     }
 
@@ -141,6 +142,12 @@ impl<'a> Line<'a> {
         self.exchange.finish();
         let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
     }
+}
+
+/// Lets a simulation know what a node says to a peer.
+pub(crate) fn said(_what: &'static str) {
+    #[cfg(feature = "simulation")]
+    flocker_storage::simulation::said(_what);
 }
 
 fn failure(peer: &NodeName, error: &flocker_transport::Error, untried: Option<u64>) -> Failure {

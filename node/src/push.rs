@@ -21,8 +21,8 @@ use flocker_replication::{
     divergence::{self, Receiver, Sender},
     merge::with_merged,
     message::{
-        Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart, StepStream,
-        strip,
+        After, Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart,
+        StepStream, strip,
     },
     plan::{self, Direction, Outcome, Plan, Step, Verdict},
     resolution::{self, Resolution, Way},
@@ -38,7 +38,7 @@ use uuid::Uuid;
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
-    line::Line,
+    line::{Line, said},
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -220,9 +220,18 @@ pub(crate) async fn send(
         if let Some(job) = job {
             job.planned(&outcome, steps.first().is_some_and(|step| step.base.is_none()));
         }
+        // Where this node tells the user itself, and the receiver has nothing to resolve, the last step's end is the exchange's.
+        let ends_with_a_step = job.is_some() && !resolving;
         for (number, step) in (0_u32..).zip(&steps) {
-            send_step(node, line, sending, job, number, step, &lineage, &answer).await?;
+            let after = match ends_with_a_step && number as usize + 1 == steps.len() {
+                true => After::Nothing,
+                false => After::More,
+            };
+            send_step(node, line, sending, job, number, step, after, &lineage, &answer).await?;
             node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
+        }
+        if ends_with_a_step {
+            return Ok(outcome.into());
         }
         line.send(&Message::Finish).await?;
     }
@@ -296,6 +305,7 @@ async fn send_step(
     job: Option<&Arc<Job>>,
     number: u32,
     step: &Step,
+    after: After,
     lineage: &Lineage,
     answer: &Answer,
 ) -> Result<(), Failure> {
@@ -305,7 +315,7 @@ async fn send_step(
         Some(stream) => stream,
         None => Stream::new(step, sending.limit),
     };
-    let begin = begin_step(number, step, lineage, answer, &stream)?;
+    let begin = begin_step(number, step, after, lineage, answer, &stream)?;
     line.send(&Message::BeginStep(Box::new(begin))).await?;
     let start = match line.recv(COMMIT_TIMEOUT).await? {
         Message::StepDone(done) if done.step == number => {
@@ -328,6 +338,7 @@ async fn send_step(
         StepStart::Beginning => stream.open(node, sending.compare, None).await?,
         StepStart::Point(point) => stream.open(node, sending.compare, Some(point)).await?,
     };
+    said("delta");
     let link = line.connection.open_bulk(u64::from(number)).await.map_err(|error| line.failed(error))?;
     let report = |progress: flocker_transport::Progress| {
         if let Some(job) = job {
@@ -360,6 +371,7 @@ fn note_done(job: Option<&Arc<Job>>) {
 fn begin_step(
     number: u32,
     step: &Step,
+    after: After,
     lineage: &Lineage,
     answer: &Answer,
     stream: &Stream,
@@ -379,6 +391,7 @@ fn begin_step(
         format: step.format.clone(),
         stream: StepStream { id: stream.id, oldest_frame: stream.oldest_frame() },
         resume: partial.map(|partial| partial.point.clone()),
+        after,
     })
 }
 

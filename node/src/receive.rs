@@ -14,7 +14,9 @@ use flocker_replication::{
     binding::{self, Binding},
     divergence::{self, Receiver, Relation, Sender},
     inbound::{Inbound, Next},
-    message::{Answer, BeginStep, Message, Mode, Offer, Problem, ProblemCode, StepDone, StepReady, StepStart, strip},
+    message::{
+        After, Answer, BeginStep, Message, Mode, Offer, Problem, ProblemCode, StepDone, StepReady, StepStart, strip,
+    },
     plan::Outcome,
 };
 use flocker_storage::{
@@ -61,7 +63,8 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
         let lands_in = bound.lands_in;
         match line.recv_behind_remarks(receipt.job.as_ref(), COMMIT_TIMEOUT).await? {
             Message::BeginStep(begin) => {
-                if taken || receipt.offer.mode == Mode::DryRun {
+                let ends_too_early = begin.after == After::Nothing && resolving.is_some();
+                if taken || receipt.offer.mode == Mode::DryRun || ends_too_early {
                     return Err(line.broke("it sends what it must not").into());
                 }
                 let claim = match &mut claim {
@@ -74,6 +77,9 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                     }
                 };
                 let held = receive_step(node, line, &receipt, claim, &mut inbound, &begin).await?;
+                if begin.after == After::Nothing {
+                    return Ok(inbound.outcome(&held).into());
+                }
                 last = Some(held);
             }
             Message::Resolve(_) if claim.is_none() && resolving.is_none() => {
@@ -202,6 +208,9 @@ async fn receive_step(
         Ok(next) => next,
         Err(said) => return Err(refuse(line, said).await),
     };
+    if begin.after == After::Nothing && !inbound.is_complete() {
+        return Err(line.broke("it ends before its last step").into());
+    }
     if let Next::Skip(held) = next {
         line.send(&Message::StepDone(Box::new(StepDone { step: begin.step, held: held.clone() }))).await?;
         return Ok(held);

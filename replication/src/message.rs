@@ -13,7 +13,7 @@
 //! | sender, per step | [`BeginStep`] | [`StepReady`]; then the bytes flow on the bulk lanes; then [`StepDone`] |
 //! | whoever did not start the transfer, once a step's bytes have flowed | [`Message::Remarks`] | nothing |
 //! | sender, where histories have gone apart and the policy says so | [`Message::Resolve`] | [`Answer`] for the volume that the history lands in instead; or [`Message::Resolved`], the end |
-//! | sender, at the end | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end; [`Message::Resolved`] after a `Resolve` |
+//! | sender, at the end, unless its last step said [`After::Nothing`] | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end; [`Message::Resolved`] after a `Resolve` |
 //! | opener, to hand over | [`TakeOver`] | [`TakenOver`], the end |
 //! | opener, to know who may write | [`AskClaims`] | [`Message::Claims`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
@@ -38,7 +38,7 @@ use crate::{ancestry::Forgotten, plan::Outcome, resolution::Resolution};
 /// [`ProblemCode::VersionMismatch`]. So that it can be, messages that open an exchange ([`Offer`], [`PullRequest`], [`Describe`],
 /// [`TakeOver`], [`AskClaims`]) and [`Problem`] keep their bytes through all revisions; what a revision adds comes behind them.
 ///
-/// 2: [`Message::Forgotten`] behind each offer, [`Answer::forgotten`].
+/// 2: [`Message::Forgotten`] behind each offer, [`Answer::forgotten`], [`BeginStep::after`].
 pub const PROTOCOL: u32 = 2;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
@@ -282,6 +282,17 @@ pub struct BeginStep {
     pub stream: StepStream,
     /// The point of the receiver's [`Answer::partial`] that the sender is willing to go on from.
     pub resume: Option<ResumePoint>,
+    /// What the sender says when the step is done.
+    pub after: After,
+}
+
+/// What a sender says behind the [`StepDone`] of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum After {
+    /// 0: it begins another step, or finishes.
+    More,
+    /// 1: nothing: it was the last step, and its [`StepDone`] ends the exchange.
+    Nothing,
 }
 
 /// The sender's stream of one step. It outlives a connection while the sender's daemon lives: after a reconnect the

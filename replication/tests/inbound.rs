@@ -6,7 +6,7 @@ mod support;
 use flocker_replication::{
     divergence::{Receiver, Sender, compare},
     inbound::{Inbound, Next},
-    message::{Answer, BeginStep, Mode, Offer, ProblemCode, StepStream},
+    message::{After, Answer, BeginStep, Mode, Offer, ProblemCode, StepStream},
     plan::{Direction, Parties, Plan, Step, plan},
 };
 use flocker_storage::{delta::DeltaFormat, model::*};
@@ -39,6 +39,7 @@ fn begin(number: u32, step: &Step) -> BeginStep {
         format: step.format.clone(),
         stream: StepStream { id: Uuid::from_u128(1), oldest_frame: 0 },
         resume: None,
+        after: After::More,
     }
 }
 

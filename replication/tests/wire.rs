@@ -121,6 +121,7 @@ fn messages() -> Vec<Message> {
             format: DeltaFormat::tree(),
             stream: StepStream { id: transfer, oldest_frame: 3 },
             resume: Some(resume.clone()),
+            after: After::Nothing,
         })),
         Message::StepReady(StepReady { step: 1, start: StepStart::Beginning }),
         Message::StepReady(StepReady { step: 1, start: StepStart::Frame(300) }),

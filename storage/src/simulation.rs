@@ -18,6 +18,8 @@ pub trait Hooks {
     fn passed(&self, fault_point: &str);
     /// How long the next step on a pool takes.
     fn pause(&self) -> Duration;
+    /// The node that asks tells a peer something, of this kind.
+    fn said(&self, what: &'static str);
     /// Whether a bug that was fixed is put back, to see that the harness finds it.
     fn is_put_back(&self, bug: &str) -> bool;
 }
@@ -51,6 +53,13 @@ pub fn is_running() -> bool {
 /// Returns this thread's hooks.
 pub(crate) fn hooks() -> Option<Rc<dyn Hooks>> {
     HOOKS.with_borrow(Clone::clone)
+}
+
+/// Takes note of what a node tells a peer.
+pub fn said(what: &'static str) {
+    if let Some(hooks) = hooks() {
+        hooks.said(what);
+    }
 }
 
 /// Lets a step on a pool take its time.

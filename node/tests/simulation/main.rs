@@ -9,6 +9,7 @@ mod fate;
 mod invariants;
 mod network;
 mod scenario;
+mod turns;
 mod world;
 
 /// The seeds of CI.
