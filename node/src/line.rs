@@ -59,7 +59,7 @@ impl<'a> Line<'a> {
 
     /// Sends a message.
     pub(crate) async fn send(&mut self, message: &Message) -> Result<(), Failure> {
-        said(message.kind());
+        noted(message.kind());
         self.exchange.send_within(message, NO_PROGRESS).await.map_err(|error| self.failed(error))
     }
 
@@ -144,10 +144,10 @@ impl<'a> Line<'a> {
     }
 }
 
-/// Lets a simulation know what a node says to a peer.
-pub(crate) fn said(_what: &'static str) {
+/// Lets a simulation count what a node says to a peer.
+pub(crate) fn noted(_what: &'static str) {
     #[cfg(feature = "simulation")]
-    flocker_storage::simulation::said(_what);
+    flocker_storage::simulation::noted(_what);
 }
 
 fn failure(peer: &NodeName, error: &flocker_transport::Error, untried: Option<u64>) -> Failure {

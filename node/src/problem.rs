@@ -23,6 +23,9 @@ pub(crate) const POLICY_UNSUPPORTED: &str = "policy_unsupported";
 /// do not see it.
 pub(crate) const STALE_LINE: &str = "stale_line";
 
+/// The code of a peer that is there and has too much to do.
+pub(crate) const PEER_BUSY: &str = "peer_busy";
+
 /// What to do about a peer that speaks another protocol, or does not keep to it.
 pub(crate) const SAME_VERSION: &str = "both nodes should run the same version of flocker";
 

@@ -38,7 +38,7 @@ use uuid::Uuid;
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
-    line::{Line, said},
+    line::{Line, noted},
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -338,7 +338,7 @@ async fn send_step(
         StepStart::Beginning => stream.open(node, sending.compare, None).await?,
         StepStart::Point(point) => stream.open(node, sending.compare, Some(point)).await?,
     };
-    said("delta");
+    noted("delta");
     let link = line.connection.open_bulk(u64::from(number)).await.map_err(|error| line.failed(error))?;
     let report = |progress: flocker_transport::Progress| {
         if let Some(job) = job {

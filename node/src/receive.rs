@@ -59,6 +59,7 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
     let mut claim: Option<Claim> = None;
     let mut resolving: Option<Resolving> = None;
     let mut last = None;
+    let mut here = Here::default();
     loop {
         let lands_in = bound.lands_in;
         match line.recv_behind_remarks(receipt.job.as_ref(), COMMIT_TIMEOUT).await? {
@@ -76,7 +77,7 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                         claim
                     }
                 };
-                let held = receive_step(node, line, &receipt, claim, &mut inbound, &begin).await?;
+                let held = receive_step(node, line, &receipt, claim, &mut inbound, &mut here, &begin).await?;
                 if begin.after == After::Nothing {
                     return Ok(inbound.outcome(&held).into());
                 }
@@ -193,18 +194,45 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
     Ok((answer, matches!(binding, Binding::Taken(..))))
 }
 
+/// The lineage of the volume that is received into, read once and then kept up with what lands.
+#[derive(Default)]
+struct Here {
+    lineage: Lineage,
+    /// What the volume had of its own when that was its lineage; `None` before it is read.
+    extent: Option<(usize, Option<SnapshotId>)>,
+}
+
+impl Here {
+    /// Returns the lineage as it is now, reading it only where something else than what landed has changed it.
+    async fn lineage(&mut self, node: &Node, volume: VolumeId) -> Result<&Lineage, Failure> {
+        let extent = node.catalog.extent(volume);
+        if extent.is_none() || extent != self.extent {
+            self.lineage = node.lineage_or_none(volume).await?;
+            self.extent = extent;
+        }
+        Ok(&self.lineage)
+    }
+
+    /// Takes in what landed. In a volume that it made, the lineage is read anew: it goes on into the origin.
+    fn landed(&mut self, held: &HeldSnapshot) {
+        self.extent = self.extent.map(|(count, _)| (count + 1, Some(held.snapshot.id)));
+        self.lineage.snapshots.push(held.clone());
+    }
+}
+
 /// Takes in one snapshot.
+#[allow(clippy::too_many_arguments)]
 async fn receive_step(
     node: &Arc<Node>,
     line: &mut Line<'_>,
     receipt: &Receipt,
     claim: &Claim,
     inbound: &mut Inbound,
+    here: &mut Here,
     begin: &BeginStep,
 ) -> Result<HeldSnapshot, Failure> {
     let volume = claim.volume;
-    let lineage = node.lineage_or_none(volume).await?;
-    let next = match inbound.begin(begin, &lineage) {
+    let next = match inbound.begin(begin, here.lineage(node, volume).await?) {
         Ok(next) => next,
         Err(said) => return Err(refuse(line, said).await),
     };
@@ -261,6 +289,7 @@ async fn receive_step(
     }
     let findings = open.receiving.take_findings();
     let held = publish(node, receipt, volume, begin.base, open.receiving).await?;
+    here.landed(&held);
     node.note_common(volume, &receipt.offer.sender, held.snapshot.id).await?;
     line.remark(receipt.job.as_ref(), findings).await?;
     if let Some(job) = &receipt.job {
@@ -294,7 +323,7 @@ async fn publish(
     receiving: Box<dyn Receiving>,
 ) -> Result<HeldSnapshot, Failure> {
     let _guard = node.catalog.work_on(volume).await;
-    let known = node.catalog.get(volume);
+    let known = node.catalog.record(volume);
     if let Some(known) = &known {
         node.follow(known, &Follows::of(&receipt.offer)).await?;
     }
@@ -472,11 +501,13 @@ impl Node {
 
     /// Prepares an existing volume for the next snapshot of a history that comes from elsewhere: nobody may be using
     /// its head, and the head must hold nothing of its own. Then the volume follows its sender.
-    async fn follow(&self, known: &Volume, sender: &Follows) -> Result<(), Failure> {
-        let id = known.record.id;
-        if known.record.role == Role::Replica && !sender.is_news_to(&known.record) {
+    async fn follow(&self, record: &VolumeRecord, sender: &Follows) -> Result<(), Failure> {
+        let id = record.id;
+        if record.role == Role::Replica && !sender.is_news_to(record) {
             return Ok(());
         }
+        let known = self.catalog.get(id).ok_or_else(|| problem::volume_not_found(&record.name))?;
+        let known = &known;
         if known.record.role == Role::Replica {
             return Ok(self.set_record_of(known, sender.replica(&known.record)).await?);
         }

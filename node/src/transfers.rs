@@ -41,7 +41,7 @@ use crate::{
         ApiProblem, Direction, SLOWEST_LIMIT, StartTransfer, TransferProgress, TransferResource, TransferState,
     },
     daemon::Node,
-    problem::{FORMAT_UNFIT, Result, STALE_LINE, chain, problem},
+    problem::{FORMAT_UNFIT, PEER_BUSY, Result, STALE_LINE, chain, problem},
     resolve::Concluded,
     state::State,
 };
@@ -471,7 +471,8 @@ impl Node {
             }
             let (met_peer, idle) = {
                 let status = job.status();
-                (status.met_peer, status.progressed.elapsed())
+                // A peer that is busy answers, though it says no more than that.
+                (status.met_peer || failure.problem.code == PEER_BUSY, status.progressed.elapsed())
             };
             if !failure.transient || !met_peer || idle > PATIENCE {
                 tracing::warn!(transfer = %job.id, volume = %job.volume, peer = %job.request.peer, "transfer failed: {}", failure.problem);

@@ -324,6 +324,30 @@ fn offers_are_bound_by_id_and_name() {
     assert_eq!(bound("copy", &[db, copy]), ("existing", beside));
 }
 
+#[test]
+fn ten_thousand_snapshots_are_compared_with_what_is_left_of_them() {
+    const COUNT: u128 = 10_000;
+    let all: Vec<u128> = (1..=COUNT).collect();
+    let whole = chain(&all);
+    // The receiver has every second one of the first 8,000, and remembers the others.
+    let number = |held: &HeldSnapshot| held.snapshot.id.0.as_u128();
+    let is_left = |held: &&HeldSnapshot| number(held).is_multiple_of(2) && number(held) <= 8_000;
+    let left: Vec<HeldSnapshot> = whole.iter().filter(is_left).cloned().collect();
+    let memory: Memory = whole.iter().map(|held| (held.snapshot.id, held.snapshot.parents.clone())).collect();
+    let none = Memory::new();
+
+    let forward = relate_remembering((&whole, &none), (&left, &memory), COUNT);
+    let (kind, base, missing, _) = numbers(&forward);
+    assert_eq!((kind, base, missing.len()), ("fast-forward", Some(8_000), 2_000));
+    let behind = relate_remembering((&left, &memory), (&whole, &none), 8_000);
+    let (kind, common, _, newer) = numbers(&behind);
+    assert_eq!((kind, common, newer.len()), ("behind", Some(8_000), 2_000));
+    let first_alone = [held(2, &[1])];
+    let (kind, base, missing, _) = numbers(&relate_remembering((&left, &memory), (&first_alone, &none), 8_000));
+    assert_eq!((kind, base, missing.len()), ("fast-forward", Some(2), 3_999));
+    assert_eq!(offered(&lineage(&left), &memory).len(), 4_000);
+}
+
 /// A world: a DAG of snapshots with contents, and what two nodes still hold of two lines through it.
 #[derive(Debug, Clone)]
 struct World {

@@ -32,8 +32,8 @@ struct Inner {
     nodes: Vec<Fate>,
     /// Which node a runtime is of.
     runtimes: HashMap<Id, usize>,
-    /// What the nodes have told each other since it was last taken.
-    said: Vec<(usize, &'static str)>,
+    /// What the nodes have done that is counted, since it was last taken.
+    noted: Vec<(usize, &'static str)>,
 }
 
 struct Fate {
@@ -61,7 +61,7 @@ impl Fates {
                 slow: false,
             })
             .collect();
-        let inner = Inner { rng, nodes, runtimes: HashMap::new(), said: Vec::new() };
+        let inner = Inner { rng, nodes, runtimes: HashMap::new(), noted: Vec::new() };
         Rc::new(Self { inner: RefCell::new(inner), put_back })
     }
 
@@ -103,9 +103,9 @@ impl Fates {
         self.inner.borrow_mut().nodes[node].slow = slow;
     }
 
-    /// Returns what nodes have told each other since the last call: who, and what.
-    pub(crate) fn take_said(&self) -> Vec<(usize, &'static str)> {
-        std::mem::take(&mut self.inner.borrow_mut().said)
+    /// Returns what nodes have done that is counted since the last call: who, and what.
+    pub(crate) fn take_noted(&self) -> Vec<(usize, &'static str)> {
+        std::mem::take(&mut self.inner.borrow_mut().noted)
     }
 
     /// Returns bytes that follow from the seed.
@@ -173,10 +173,10 @@ impl Hooks for Fates {
         Duration::from_millis(inner.rng.random_range(0..=most))
     }
 
-    fn said(&self, what: &'static str) {
+    fn noted(&self, what: &'static str) {
         let mut inner = self.inner.borrow_mut();
         if let Some(node) = inner.here() {
-            inner.said.push((node, what));
+            inner.noted.push((node, what));
         }
     }
 

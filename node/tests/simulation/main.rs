@@ -5,11 +5,11 @@
 //! `FLOCKER_SIM_SEEDS=A..B` runs others than those of CI.
 #![allow(clippy::unwrap_used)]
 
+mod counts;
 mod fate;
 mod invariants;
 mod network;
 mod scenario;
-mod turns;
 mod world;
 
 /// The seeds of CI.
