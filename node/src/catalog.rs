@@ -122,6 +122,18 @@ impl Catalog {
         self.lock().volumes.get(&id).cloned()
     }
 
+    /// Finds a volume's record by its id.
+    pub(crate) fn record(&self, id: VolumeId) -> Option<VolumeRecord> {
+        self.lock().volumes.get(&id).map(|volume| volume.record.clone())
+    }
+
+    /// Tells how many snapshots of its own a volume has, and which is the newest: what any change of them changes.
+    pub(crate) fn extent(&self, id: VolumeId) -> Option<(usize, Option<SnapshotId>)> {
+        let contents = self.lock();
+        let snapshots = &contents.volumes.get(&id)?.snapshots;
+        Some((snapshots.len(), snapshots.last().map(|held| held.snapshot.id)))
+    }
+
     /// Finds which of some snapshots are held by other volumes than one.
     pub(crate) fn elsewhere(&self, wanted: &BTreeSet<SnapshotId>, but: VolumeId) -> Vec<SnapshotKey> {
         let contents = self.lock();

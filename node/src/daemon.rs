@@ -316,6 +316,7 @@ impl Node {
         }));
         node.finish_operations().await.map_err(start)?;
         node.catalog.reload(&*node.driver).await.map_err(|error| start(error.into()))?;
+        node.tidy_memory().await.map_err(start)?;
         for orphan in node.catalog.orphans() {
             tracing::warn!(place = orphan.place, "nobody knows this, it is left alone: {}", orphan.reason);
         }

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use flocker_replication::message::{Describe, Description, Message, PROTOCOL};
+use flocker_replication::{
+    ancestry::Memory,
+    message::{Describe, Description, Message, PROTOCOL},
+};
 use flocker_storage::model::{HeldSnapshot, Host, NodeName, SnapshotId, VolumeId, VolumeName};
 use flocker_transport::NO_PROGRESS;
 use tokio::task::JoinSet;
@@ -63,12 +66,24 @@ impl Graph {
         }
     }
 
-    fn edges(&self) -> Vec<HistoryEdge> {
-        let edges = self.nodes.values().flat_map(|node| {
-            let to = |parent: &SnapshotId| HistoryEdge { child: node.id, parent: *parent };
-            node.parents.iter().filter(|parent| self.nodes.contains_key(parent)).map(to)
-        });
-        edges.collect()
+    /// Joins each snapshot with the nearest ones that it descends from, past those that are remembered only.
+    fn edges(&self, memory: &Memory) -> Vec<HistoryEdge> {
+        let mut edges = Vec::new();
+        for (child, node) in &self.nodes {
+            let mut open: Vec<SnapshotId> = node.parents.iter().rev().copied().collect();
+            let mut met = BTreeSet::new();
+            while let Some(parent) = open.pop() {
+                if !met.insert(parent) {
+                    continue;
+                }
+                if self.nodes.contains_key(&parent) {
+                    edges.push(HistoryEdge { child: *child, parent });
+                } else {
+                    open.extend(memory.get(&parent).into_iter().flatten().rev());
+                }
+            }
+        }
+        edges
     }
 }
 
@@ -103,10 +118,12 @@ impl Node {
                 hosts_told.push(told(&mut graph, id, &here, peer, described));
             }
         }
+        let relatives = self.relatives(id).into_iter().map(|relative| relative.record.id);
+        let memory = self.state.memory(relatives.collect()).await?;
         Ok(HistoryResource {
             volume: name.clone(),
             id,
-            edges: graph.edges(),
+            edges: graph.edges(&memory),
             nodes: graph.nodes.into_values().collect(),
             hosts: hosts_told,
         })

@@ -3,6 +3,7 @@
 //! The only crate that sees storage, replication, transport and certificates together. Two files tell the whole story
 //! of a push: `push.rs` and `receive.rs`; everything else is a leaf they call.
 
+mod ancestry;
 pub mod api;
 mod catalog;
 pub mod config;

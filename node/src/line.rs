@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use flocker_replication::message::{Message, Problem};
+use flocker_replication::message::{Message, Offer, Problem};
 use flocker_storage::{driver::Finding, model::NodeName};
 use flocker_transport::{CloseCode, Connection, ErrorKind, Exchange, NO_PROGRESS};
 use tokio::time::Instant;
@@ -59,6 +59,7 @@ impl<'a> Line<'a> {
 
     /// Sends a message.
     pub(crate) async fn send(&mut self, message: &Message) -> Result<(), Failure> {
+        noted(message.kind());
         self.exchange.send_within(message, NO_PROGRESS).await.map_err(|error| self.failed(error))
     }
 
@@ -120,10 +121,19 @@ impl<'a> Line<'a> {
         }
     }
 
+    /// Receives what follows an offer at once.
+    pub(crate) async fn recv_forgotten(&mut self, offer: &mut Offer) -> Result<(), Failure> {
+        match self.recv(NO_PROGRESS).await? {
+            Message::Forgotten(forgotten) => offer.forgotten = forgotten,
+            other => return Err(self.broke(format!("{} instead of the rest of its offer", other.kind())).into()),
+        }
+        Ok(())
+    }
+
     /// The peer does not keep to the protocol.
     pub(crate) fn broke(&self, rule: impl std::fmt::Display) -> ApiProblem {
         problem(502, "protocol", format!("{} does not keep to the protocol: {rule}", self.peer))
-            .hint("both nodes should run the same version of flocker")
+            .hint(problem::SAME_VERSION)
     }
 
     /// Tells the peer what went wrong here, as far as the line still carries it.
@@ -132,6 +142,12 @@ impl<'a> Line<'a> {
         self.exchange.finish();
         let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
     }
+}
+
+/// Lets a simulation count what a node says to a peer.
+pub(crate) fn noted(_what: &'static str) {
+    #[cfg(feature = "simulation")]
+    flocker_storage::simulation::noted(_what);
 }
 
 fn failure(peer: &NodeName, error: &flocker_transport::Error, untried: Option<u64>) -> Failure {

@@ -21,7 +21,7 @@ use crate::{
         types::{ApiProblem, PeerResource, TokenResource},
     },
     daemon::Node,
-    problem::{self, Result, chain, problem},
+    problem::{self, PEER_BUSY, Result, chain, problem},
     state::{PeerRow, State},
     transfers::Failure,
 };
@@ -339,6 +339,10 @@ pub(crate) fn link_problem(name: &NodeName, error: &flocker_transport::Error) ->
         LinkErrorKind::RejectedByPeer(_) => {
             problem(502, "rejected_by_peer", format!("{name} refused to talk to this node: {why}"))
                 .hint("compare `flocker node status` on both nodes: they must be of one cluster")
+        }
+        LinkErrorKind::ClosedByPeer { code: CloseCode::Busy, .. } => {
+            problem(503, PEER_BUSY, format!("{name} is busy with other transfers"))
+                .hint("it is tried again for a while; start fewer transfers at once")
         }
         _ => problem::peer_unreachable(name, why),
     }

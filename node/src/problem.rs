@@ -23,6 +23,12 @@ pub(crate) const POLICY_UNSUPPORTED: &str = "policy_unsupported";
 /// do not see it.
 pub(crate) const STALE_LINE: &str = "stale_line";
 
+/// The code of a peer that is there and has too much to do.
+pub(crate) const PEER_BUSY: &str = "peer_busy";
+
+/// What to do about a peer that speaks another protocol, or does not keep to it.
+pub(crate) const SAME_VERSION: &str = "both nodes should run the same version of flocker";
+
 /// The result of one of the node's verbs.
 pub(crate) type Result<T> = std::result::Result<T, ApiProblem>;
 
@@ -155,6 +161,7 @@ pub(crate) fn from_peer(peer: &NodeName, said: &Problem) -> ApiProblem {
             .with("facts", &said.facts);
     match said.code {
         ProblemCode::PolicyUnsupported => problem.hint("--on-divergence fork keeps both"),
+        ProblemCode::VersionMismatch => problem.hint(SAME_VERSION),
         _ => problem,
     }
 }
@@ -187,8 +194,18 @@ pub(crate) fn to_peer(error: &ApiProblem) -> Problem {
         FORMAT_UNFIT => ProblemCode::FormatUnfit,
         "handoff_refused" => ProblemCode::HandOffRefused,
         "shutting_down" => ProblemCode::ShuttingDown,
+        "version_mismatch" => ProblemCode::VersionMismatch,
         POLICY_UNSUPPORTED => ProblemCode::PolicyUnsupported,
         _ => ProblemCode::Internal,
     };
-    Problem { code, facts: [("why".to_owned(), error.detail.clone())].into() }
+    let said = Problem::new(code).with("why", &error.detail);
+    match code {
+        ProblemCode::VersionMismatch => {
+            ["ours", "theirs"].into_iter().fold(said, |said, which| match error.evidence.get(which) {
+                Some(revision) => said.with(which, revision),
+                None => said,
+            })
+        }
+        _ => said,
+    }
 }

@@ -70,7 +70,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> R
         limit_bytes_per_second: job.request.limit_bytes_per_second,
     };
     line.send(&Message::PullRequest(Box::new(request.clone()))).await?;
-    let offer: Offer = match line.recv(NO_PROGRESS).await? {
+    let mut offer: Offer = match line.recv(NO_PROGRESS).await? {
         Message::Offer(offer) => *offer,
         other => return Err(line.broke(format!("{} instead of an offer", other.kind())).into()),
     };
@@ -81,6 +81,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> R
     if !as_asked {
         return Err(line.broke("its offer is not what was asked for").into());
     }
+    line.recv_forgotten(&mut offer).await?;
     job.met_peer();
     let receipt = Receipt { offer, job: Some(job.clone()), pusher: None };
     let concluded = receive::receive(node, &mut line, receipt).await?;

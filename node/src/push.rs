@@ -17,11 +17,12 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use flocker_replication::{
-    divergence::{self, Receiver},
+    ancestry::{self, Forgotten},
+    divergence::{self, Receiver, Sender},
     merge::with_merged,
     message::{
-        Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart, StepStream,
-        strip,
+        After, Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart,
+        StepStream, strip,
     },
     plan::{self, Direction, Outcome, Plan, Step, Verdict},
     resolution::{self, Resolution, Way},
@@ -37,7 +38,7 @@ use uuid::Uuid;
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
-    line::Line,
+    line::{Line, noted},
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -175,6 +176,7 @@ pub(crate) async fn send(
         Some(job) if job.is_portable() => vec![DeltaFormat::tree()],
         _ => node.driver.capabilities().formats.clone(),
     };
+    let forgotten = ancestry::offered(&lineage, &node.memory_of(sending.volume.record.id, &lineage).await?);
     let offer = Offer {
         protocol: PROTOCOL,
         transfer: sending.transfer,
@@ -186,8 +188,10 @@ pub(crate) async fn send(
         policy: sending.policy,
         mode: sending.mode,
         sender: node.host(),
+        forgotten: Forgotten::default(),
     };
     line.send(&Message::Offer(Box::new(offer))).await?;
+    line.send(&Message::Forgotten(forgotten.clone())).await?;
     let mut answer = match line.recv(NO_PROGRESS).await? {
         Message::Answer(answer) => *answer,
         other => return Err(line.broke(format!("{} instead of an answer", other.kind())).into()),
@@ -195,7 +199,8 @@ pub(crate) async fn send(
     if let Some(job) = job {
         job.met_peer();
     }
-    let (mut outcome, mut steps) = compare(node, sending, &sending.name, &lineage, &formats, &answer)?;
+    let sender = Sender { lineage: &lineage, forgotten: &forgotten };
+    let (mut outcome, mut steps) = compare(node, sending, &sending.name, &sender, &formats, &answer)?;
     let resolving = is_resolved_there(sending, &outcome);
     if resolving {
         answer = match ask_to_resolve(line, &outcome).await? {
@@ -203,7 +208,7 @@ pub(crate) async fn send(
             Asked::Done(resolution) => return Ok(Concluded::resolved(outcome, *resolution)),
         };
         let beside = resolution::incoming_name(&outcome.volume, &outcome.want);
-        (outcome, steps) = compare(node, sending, &beside, &lineage, &formats, &answer)?;
+        (outcome, steps) = compare(node, sending, &beside, &sender, &formats, &answer)?;
     }
     let arrived_before = resolving && outcome.verdict == Verdict::UpToDate;
     if outcome.verdict == Verdict::UpToDate {
@@ -215,9 +220,18 @@ pub(crate) async fn send(
         if let Some(job) = job {
             job.planned(&outcome, steps.first().is_some_and(|step| step.base.is_none()));
         }
+        // Where this node tells the user itself, and the receiver has nothing to resolve, the last step's end is the exchange's.
+        let ends_with_a_step = job.is_some() && !resolving;
         for (number, step) in (0_u32..).zip(&steps) {
-            send_step(node, line, sending, job, number, step, &lineage, &answer).await?;
+            let after = match ends_with_a_step && number as usize + 1 == steps.len() {
+                true => After::Nothing,
+                false => After::More,
+            };
+            send_step(node, line, sending, job, number, step, after, &lineage, &answer).await?;
             node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
+        }
+        if ends_with_a_step {
+            return Ok(outcome.into());
         }
         line.send(&Message::Finish).await?;
     }
@@ -260,11 +274,11 @@ fn compare(
     node: &Node,
     sending: &Sending,
     name: &VolumeName,
-    lineage: &Lineage,
+    sender: &Sender<'_>,
     formats: &[DeltaFormat],
     answer: &Answer,
 ) -> Result<(Outcome, Vec<Step>), Failure> {
-    let relation = divergence::compare(lineage, &Receiver::from(answer), sending.want)
+    let relation = divergence::compare(sender, &Receiver::from(answer), sending.want)
         .map_err(|error| problem::internal(problem::chain(&error)))?;
     let parties = plan::Parties {
         direction: sending.direction,
@@ -273,7 +287,7 @@ fn compare(
         sender: node.host(),
         receiver: answer.receiver.clone(),
     };
-    let planned = plan::plan(lineage, sending.want, relation, &parties, formats, answer)
+    let planned = plan::plan(sender.lineage, sending.want, relation, &parties, formats, answer)
         .map_err(|error| problem(409, "no_common_format", problem::chain(&error)))?;
     Ok(match planned {
         Plan::UpToDate(outcome) => (outcome, Vec::new()),
@@ -291,6 +305,7 @@ async fn send_step(
     job: Option<&Arc<Job>>,
     number: u32,
     step: &Step,
+    after: After,
     lineage: &Lineage,
     answer: &Answer,
 ) -> Result<(), Failure> {
@@ -300,7 +315,7 @@ async fn send_step(
         Some(stream) => stream,
         None => Stream::new(step, sending.limit),
     };
-    let begin = begin_step(number, step, lineage, answer, &stream)?;
+    let begin = begin_step(number, step, after, lineage, answer, &stream)?;
     line.send(&Message::BeginStep(Box::new(begin))).await?;
     let start = match line.recv(COMMIT_TIMEOUT).await? {
         Message::StepDone(done) if done.step == number => {
@@ -323,6 +338,7 @@ async fn send_step(
         StepStart::Beginning => stream.open(node, sending.compare, None).await?,
         StepStart::Point(point) => stream.open(node, sending.compare, Some(point)).await?,
     };
+    noted("delta");
     let link = line.connection.open_bulk(u64::from(number)).await.map_err(|error| line.failed(error))?;
     let report = |progress: flocker_transport::Progress| {
         if let Some(job) = job {
@@ -355,6 +371,7 @@ fn note_done(job: Option<&Arc<Job>>) {
 fn begin_step(
     number: u32,
     step: &Step,
+    after: After,
     lineage: &Lineage,
     answer: &Answer,
     stream: &Stream,
@@ -374,6 +391,7 @@ fn begin_step(
         format: step.format.clone(),
         stream: StepStream { id: stream.id, oldest_frame: stream.oldest_frame() },
         resume: partial.map(|partial| partial.point.clone()),
+        after,
     })
 }
 

@@ -10,10 +10,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use flocker_certs::PeerIdentity;
 use flocker_replication::{
+    ancestry::{self, Memory},
     binding::{self, Binding},
-    divergence::{self, Receiver, Relation},
+    divergence::{self, Receiver, Relation, Sender},
     inbound::{Inbound, Next},
-    message::{Answer, BeginStep, Message, Mode, Offer, Problem, ProblemCode, StepDone, StepReady, StepStart, strip},
+    message::{
+        After, Answer, BeginStep, Message, Mode, Offer, Problem, ProblemCode, StepDone, StepReady, StepStart, strip,
+    },
     plan::Outcome,
 };
 use flocker_storage::{
@@ -34,6 +37,7 @@ use crate::{
     problem::{self, problem},
     push::COMMIT_TIMEOUT,
     resolve::{Concluded, Resolving, further_names},
+    state::Word,
     transfers::{Failure, Job},
 };
 
@@ -55,11 +59,13 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
     let mut claim: Option<Claim> = None;
     let mut resolving: Option<Resolving> = None;
     let mut last = None;
+    let mut here = Here::default();
     loop {
         let lands_in = bound.lands_in;
         match line.recv_behind_remarks(receipt.job.as_ref(), COMMIT_TIMEOUT).await? {
             Message::BeginStep(begin) => {
-                if taken || receipt.offer.mode == Mode::DryRun {
+                let ends_too_early = begin.after == After::Nothing && resolving.is_some();
+                if taken || receipt.offer.mode == Mode::DryRun || ends_too_early {
                     return Err(line.broke("it sends what it must not").into());
                 }
                 let claim = match &mut claim {
@@ -67,10 +73,14 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                     none => {
                         let claim = none.insert(Claim::make(node, line, &receipt, lands_in).await?);
                         node.check_replaceable(lands_in)?;
+                        node.state.remember(lands_in, inbound.learnt(), Word::Peer).await.map_err(ApiProblem::from)?;
                         claim
                     }
                 };
-                let held = receive_step(node, line, &receipt, claim, &mut inbound, &begin).await?;
+                let held = receive_step(node, line, &receipt, claim, &mut inbound, &mut here, &begin).await?;
+                if begin.after == After::Nothing {
+                    return Ok(inbound.outcome(&held).into());
+                }
                 last = Some(held);
             }
             Message::Resolve(_) if claim.is_none() && resolving.is_none() => {
@@ -121,7 +131,7 @@ async fn place_beside(
         receipt.offer.name = resolving.beside.clone();
         let (mut beside, taken) = answer(node, receipt).await?;
         resolving.narrow(bound, &mut beside);
-        let relation = divergence::compare(&receipt.offer.lineage, &Receiver::from(&beside), receipt.offer.want);
+        let relation = divergence::compare(&Sender::from(&receipt.offer), &Receiver::from(&beside), receipt.offer.want);
         let fits = matches!(relation, Ok(Relation::UpToDate | Relation::FastForward { .. } | Relation::Behind { .. }));
         match names.next() {
             Some(next) if !fits => resolving.beside = next,
@@ -158,7 +168,12 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
         None => (Lineage::default(), HeadState::Clean),
     };
     let offered: BTreeSet<SnapshotId> = offer.lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
+    let memory = match &volume {
+        Some(record) => node.memory_of(record.id, &lineage).await?,
+        None => Memory::new(),
+    };
     let answer = Answer {
+        forgotten: ancestry::answered(&lineage, &memory, offer),
         mounted: volume.as_ref().and_then(|record| node.mounts.of(record.id)).map(|row| row.path),
         lineage: strip(&lineage),
         head,
@@ -179,21 +194,51 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
     Ok((answer, matches!(binding, Binding::Taken(..))))
 }
 
+/// The lineage of the volume that is received into, read once and then kept up with what lands.
+#[derive(Default)]
+struct Here {
+    lineage: Lineage,
+    /// What the volume had of its own when that was its lineage; `None` before it is read.
+    extent: Option<(usize, Option<SnapshotId>)>,
+}
+
+impl Here {
+    /// Returns the lineage as it is now, reading it only where something else than what landed has changed it.
+    async fn lineage(&mut self, node: &Node, volume: VolumeId) -> Result<&Lineage, Failure> {
+        let extent = node.catalog.extent(volume);
+        if extent.is_none() || extent != self.extent {
+            self.lineage = node.lineage_or_none(volume).await?;
+            self.extent = extent;
+        }
+        Ok(&self.lineage)
+    }
+
+    /// Takes in what landed. In a volume that it made, the lineage is read anew: it goes on into the origin.
+    fn landed(&mut self, held: &HeldSnapshot) {
+        self.extent = self.extent.map(|(count, _)| (count + 1, Some(held.snapshot.id)));
+        self.lineage.snapshots.push(held.clone());
+    }
+}
+
 /// Takes in one snapshot.
+#[allow(clippy::too_many_arguments)]
 async fn receive_step(
     node: &Arc<Node>,
     line: &mut Line<'_>,
     receipt: &Receipt,
     claim: &Claim,
     inbound: &mut Inbound,
+    here: &mut Here,
     begin: &BeginStep,
 ) -> Result<HeldSnapshot, Failure> {
     let volume = claim.volume;
-    let lineage = node.lineage_or_none(volume).await?;
-    let next = match inbound.begin(begin, &lineage) {
+    let next = match inbound.begin(begin, here.lineage(node, volume).await?) {
         Ok(next) => next,
         Err(said) => return Err(refuse(line, said).await),
     };
+    if begin.after == After::Nothing && !inbound.is_complete() {
+        return Err(line.broke("it ends before its last step").into());
+    }
     if let Next::Skip(held) = next {
         line.send(&Message::StepDone(Box::new(StepDone { step: begin.step, held: held.clone() }))).await?;
         return Ok(held);
@@ -244,6 +289,7 @@ async fn receive_step(
     }
     let findings = open.receiving.take_findings();
     let held = publish(node, receipt, volume, begin.base, open.receiving).await?;
+    here.landed(&held);
     node.note_common(volume, &receipt.offer.sender, held.snapshot.id).await?;
     line.remark(receipt.job.as_ref(), findings).await?;
     if let Some(job) = &receipt.job {
@@ -277,7 +323,7 @@ async fn publish(
     receiving: Box<dyn Receiving>,
 ) -> Result<HeldSnapshot, Failure> {
     let _guard = node.catalog.work_on(volume).await;
-    let known = node.catalog.get(volume);
+    let known = node.catalog.record(volume);
     if let Some(known) = &known {
         node.follow(known, &Follows::of(&receipt.offer)).await?;
     }
@@ -455,11 +501,13 @@ impl Node {
 
     /// Prepares an existing volume for the next snapshot of a history that comes from elsewhere: nobody may be using
     /// its head, and the head must hold nothing of its own. Then the volume follows its sender.
-    async fn follow(&self, known: &Volume, sender: &Follows) -> Result<(), Failure> {
-        let id = known.record.id;
-        if known.record.role == Role::Replica && !sender.is_news_to(&known.record) {
+    async fn follow(&self, record: &VolumeRecord, sender: &Follows) -> Result<(), Failure> {
+        let id = record.id;
+        if record.role == Role::Replica && !sender.is_news_to(record) {
             return Ok(());
         }
+        let known = self.catalog.get(id).ok_or_else(|| problem::volume_not_found(&record.name))?;
+        let known = &known;
         if known.record.role == Role::Replica {
             return Ok(self.set_record_of(known, sender.replica(&known.record)).await?);
         }

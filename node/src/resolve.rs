@@ -20,8 +20,8 @@ use std::sync::Arc;
 
 use flocker_certs::PeerIdentity;
 use flocker_replication::{
-    binding,
-    divergence::{self, Receiver, Relation},
+    ancestry, binding,
+    divergence::{self, Receiver, Relation, Sender},
     message::{Answer, DivergencePolicy, Mode, Offer},
     plan::{Direction, Outcome, Parties, Plan, Point, Verdict, plan},
     refusal::fork_name,
@@ -166,7 +166,7 @@ impl Resolving {
 
 /// Makes the same comparison as the sender.
 fn compare(offer: &Offer, answer: &Answer, direction: Direction) -> std::result::Result<(Relation, Outcome), Failure> {
-    let relation = divergence::compare(&offer.lineage, &Receiver::from(answer), offer.want)
+    let relation = divergence::compare(&Sender::from(offer), &Receiver::from(answer), offer.want)
         .map_err(|error| problem::internal(problem::chain(&error)))?;
     let parties = Parties {
         direction,
@@ -236,14 +236,16 @@ impl Node {
             self.keep_head(&mut known, "before").await?;
         }
         let lineage = self.driver.lineage(id).await.map_err(ApiProblem::from)?;
+        let forgotten = ancestry::answered(&lineage, &self.memory_of(id, &lineage).await?, offer);
         let receiver = Receiver {
             volume: Some(&known.record),
             lands_in: id,
             lineage: &lineage,
             head: HeadState::Clean,
             elsewhere: &[],
+            forgotten: &forgotten,
         };
-        let relation = divergence::compare(&offer.lineage, &receiver, offer.want)
+        let relation = divergence::compare(&Sender::from(offer), &receiver, offer.want)
             .map_err(|error| problem::internal(problem::chain(&error)))?;
         let keep = match relation {
             Relation::UpToDate => return Ok(None),
@@ -376,6 +378,7 @@ impl Node {
         let Some((record, _)) = held(adoption.volume) else { return Ok(()) };
         let keep = SnapshotKey { volume: adoption.volume, snapshot: adoption.keep };
         if held(adoption.fork.id).is_none() {
+            self.state.move_head_parent(adoption.volume, adoption.fork.id).await?;
             self.driver.split(keep, &adoption.fork).await?;
             self.catalog.split(keep, Some(adoption.fork.clone()));
         }
@@ -384,6 +387,7 @@ impl Node {
         self.driver.set_record(&record).await?;
         fault::point("adopt.follows");
         if let Some(incoming) = adoption.incoming.filter(|incoming| held(*incoming).is_some()) {
+            self.state.inherit(incoming, adoption.volume).await?;
             let complete = replay(&*self.driver, incoming, &record).await?;
             fault::point("adopt.replayed");
             if complete {
@@ -407,7 +411,10 @@ impl Node {
             return Ok(());
         }
         match self.driver.destroy(landed).await {
-            Ok(()) => self.catalog.remove(landed),
+            Ok(()) => {
+                self.catalog.remove(landed);
+                self.state.forget_volume(landed).await?;
+            }
             Err(error) if matches!(error.kind, ErrorKind::Blocked(_)) => {
                 tracing::info!(volume = %landed, "a copy of an adopted history is in use and stays: {}", problem::chain(&error));
             }

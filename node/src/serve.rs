@@ -90,8 +90,9 @@ impl Replication {
     async fn serve(&self, line: &mut Line<'_>, peer: PeerIdentity) -> Result<(), Failure> {
         let node = &self.node;
         match line.recv(NO_PROGRESS).await? {
-            Message::Offer(offer) => {
+            Message::Offer(mut offer) => {
                 check_protocol(offer.protocol)?;
+                line.recv_forgotten(&mut offer).await?;
                 node.check_right(&peer, &offer.name, Verb::Push)?;
                 receive::receive(node, line, Receipt { offer: *offer, job: None, pusher: Some(peer) }).await.map(|_| ())
             }
@@ -130,6 +131,9 @@ fn check_protocol(theirs: u32) -> Result<(), Failure> {
         "version_mismatch",
         format!("the peer speaks revision {theirs} of the protocol, this node {PROTOCOL}"),
     )
+    .hint(problem::SAME_VERSION)
+    .with("ours", PROTOCOL)
+    .with("theirs", theirs)
     .into())
 }
 

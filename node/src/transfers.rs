@@ -45,7 +45,7 @@ use crate::{
     },
     daemon::Node,
     events::Events,
-    problem::{FORMAT_UNFIT, Result, STALE_LINE, chain, problem},
+    problem::{FORMAT_UNFIT, PEER_BUSY, Result, STALE_LINE, chain, problem},
     resolve::Concluded,
     state::State,
 };
@@ -505,7 +505,8 @@ impl Node {
             }
             let (met_peer, idle) = {
                 let status = job.status();
-                (status.met_peer, status.progressed.elapsed())
+                // A peer that is busy answers, though it says no more than that.
+                (status.met_peer || failure.problem.code == PEER_BUSY, status.progressed.elapsed())
             };
             if !failure.transient || !met_peer || idle > PATIENCE {
                 tracing::warn!(transfer = %job.id, volume = %job.volume, peer = %job.request.peer, "transfer failed: {}", failure.problem);

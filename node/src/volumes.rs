@@ -144,7 +144,7 @@ impl Node {
         self.driver.destroy(id).await.map_err(|error| self.blocked(error, &format!("destroy {name}")))?;
         self.driver.discard_partial(id).await?;
         self.catalog.remove(id);
-        Ok(())
+        Ok(self.state.forget_volume(id).await?)
     }
 
     /// Takes a snapshot.
@@ -173,7 +173,7 @@ impl Node {
         Ok(report.held)
     }
 
-    /// Takes a snapshot whose parent is the newest one.
+    /// Takes a snapshot whose parent is what the head descends from: the newest one, also where that was destroyed since.
     async fn take(
         &self,
         volume: &Volume,
@@ -182,8 +182,7 @@ impl Node {
         metadata: Metadata,
         compare: Compare,
     ) -> Result<SnapshotReport> {
-        let parent = volume.snapshots.last().map(|held| held.snapshot.id);
-        let parent = parent.or(volume.record.origin.map(|key| key.snapshot));
+        let parent = self.head_parent(volume).await?;
         let snapshot = Snapshot {
             id,
             name,
@@ -203,13 +202,16 @@ impl Node {
     /// Destroys a snapshot.
     pub(crate) async fn destroy_snapshot(&self, wanted: &SnapshotRef) -> Result<()> {
         let (volume, _guard) = self.catalog.claim(&wanted.volume).await?;
-        let key = volume.snapshot(&wanted.snapshot)?.key();
+        let held = volume.snapshot(&wanted.snapshot)?;
+        let key = held.key();
         self.check_unpinned(&volume, "destroy a snapshot of")?;
         self.inbox.check_quiet(&volume, "destroy a snapshot of")?;
         // What a replica's mount shows is one of its snapshots.
         if volume.record.role == Role::Replica {
             self.check_unmounted(&volume, "destroy a snapshot of")?;
         }
+        self.remember_one(&volume, held).await?;
+        fault::point("node.snapshot.remembered");
         self.driver.forget(key).await.map_err(|error| self.blocked(error, &format!("destroy {wanted}")))?;
         self.catalog.remove_snapshot(key);
         Ok(())
@@ -274,7 +276,11 @@ impl Node {
             {
                 return Err(head_is_dirty(name, &request.snapshot));
             }
-            _ => self.driver.rewind(keep).await.map_err(|error| self.blocked(error, &format!("roll back {name}")))?,
+            _ => {
+                // The head descends from the snapshot it goes back to.
+                self.state.put_head_parent(volume.record.id, None).await?;
+                self.driver.rewind(keep).await.map_err(|error| self.blocked(error, &format!("roll back {name}")))?;
+            }
         }
         drop(fork_name);
         Ok(self.volume_resource(&self.catalog.find(name)?))
@@ -292,6 +298,7 @@ impl Node {
             primary: Some(self.host()),
             quota_bytes: volume.record.quota_bytes,
         };
+        self.state.move_head_parent(volume.record.id, fork.id).await?;
         self.driver.split(keep, &fork).await?;
         self.catalog.split(keep, Some(fork));
         Ok(())
@@ -319,6 +326,8 @@ impl Node {
             quota_bytes: None,
         };
         let operation = fork.id.to_string();
+        self.remember(volume.record.id, newer).await?;
+        self.state.put_head_parent(volume.record.id, None).await?;
         self.state.begin(operation.clone(), &Operation::DiscardFork { fork: fork.id }).await?;
         fault::point("node.rollback.before-split");
         if let Err(error) = self.driver.split(keep, &fork).await {

@@ -6,21 +6,40 @@
 //!
 //! # Rules
 //! - By id only. Names and times are carried for people and never looked at.
-//! - A history is a DAG by parents; a lineage lists it oldest first. Where all parents of a snapshot are gone from the
-//!   list (pruned), the one before it in the list stands for them.
-//! - A snapshot that only the receiver has counts as a change unless it is `unchanged` against a first parent that
-//!   still is there and that the incoming history has too (directly, or by such snapshots in between), or unless it
-//!   is itself an ancestor of the wanted snapshot that the sender has pruned.
+//! - A history is a DAG by parents. Both sides' lineages and what both remember of snapshots that are held no more make one graph
+//!   ([`crate::ancestry`]); who holds a snapshot is told by the lineages alone. A lineage lists snapshots oldest first; where
+//!   nothing is known of how a snapshot's parents lead to another of the list, the one before it stands for them.
+//! - A snapshot that only the receiver has counts as a change unless it is an ancestor of the wanted one, or `unchanged` against a
+//!   first parent that is (directly, or by such snapshots in between).
 //! - Where a merge took in what the receiver has, only what descends from that follows: the receiver goes from its tip
 //!   to the merge, not by way of the other branch.
 //! - Older snapshots that only the receiver has (before the newest common one) never count.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use flocker_storage::model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, VolumeId, VolumeRecord};
 
-use crate::message::Answer;
 pub use crate::plan::UnrelatedReason;
+use crate::{
+    ancestry::Forgotten,
+    descent::{Descent, Side, told},
+    message::{Answer, Offer},
+};
+
+/// The sender's side of a comparison.
+#[derive(Debug, Clone, Copy)]
+pub struct Sender<'a> {
+    /// The snapshots of the volume.
+    pub lineage: &'a Lineage,
+    /// Their ancestors that it does not hold, as offered.
+    pub forgotten: &'a Forgotten,
+}
+
+impl<'a> From<&'a Offer> for Sender<'a> {
+    fn from(offer: &'a Offer) -> Self {
+        Self { lineage: &offer.lineage, forgotten: &offer.forgotten }
+    }
+}
 
 /// The receiver's side of a comparison.
 #[derive(Debug, Clone, Copy)]
@@ -35,12 +54,14 @@ pub struct Receiver<'a> {
     pub head: HeadState,
     /// Which of the sender's snapshots lie in other volumes of the receiver.
     pub elsewhere: &'a [SnapshotKey],
+    /// Ancestors of its snapshots that it does not hold, as answered.
+    pub forgotten: &'a Forgotten,
 }
 
 impl<'a> From<&'a Answer> for Receiver<'a> {
     fn from(answer: &'a Answer) -> Self {
-        let Answer { volume, lands_in, lineage, head, elsewhere, .. } = answer;
-        Self { volume: volume.as_ref(), lands_in: *lands_in, lineage, head: *head, elsewhere }
+        let Answer { volume, lands_in, lineage, head, elsewhere, forgotten, .. } = answer;
+        Self { volume: volume.as_ref(), lands_in: *lands_in, lineage, head: *head, elsewhere, forgotten }
     }
 }
 
@@ -105,16 +126,21 @@ pub struct WantMissing(pub SnapshotId);
 
 /// Compares what the sender has with what the receiver has, for one wanted snapshot of the sender.
 ///
-/// Works in O(n log n) of both lineages; the lists may come from a peer and hold anything.
-pub fn compare(sender: &Lineage, receiver: &Receiver<'_>, want: SnapshotId) -> Result<Relation, WantMissing> {
-    let ours = History::of(sender);
-    let &want_at = ours.at.get(&want).ok_or(WantMissing(want))?;
-    let incoming = ours.ancestry(want_at);
+/// Works in O(n log n) of all that is listed; the lists may come from a peer and hold anything. Where both sides tell of one
+/// snapshot's parents, the receiver's word counts: it is its history that would get something on top.
+pub fn compare(sender: &Sender<'_>, receiver: &Receiver<'_>, want: SnapshotId) -> Result<Relation, WantMissing> {
+    let held = told(receiver.lineage).chain(told(sender.lineage));
+    let descent = Descent::of(held.chain(receiver.forgotten.iter()).chain(sender.forgotten.iter()));
+    let ours = Side::of(sender.lineage, &descent);
+    if !ours.holds(want) {
+        return Err(WantMissing(want));
+    }
+    let incoming = ours.ancestry(want);
 
     let Some(volume) = receiver.volume else {
-        return Ok(into_new_volume(&ours, &incoming, want_at, receiver.elsewhere));
+        return Ok(into_new_volume(&ours, &incoming, want, receiver.elsewhere));
     };
-    let theirs = History::of(receiver.lineage);
+    let theirs = Side::of(receiver.lineage, &descent);
     let tip = receiver.lineage.tip().cloned();
     if volume.id != receiver.lands_in {
         let reason = UnrelatedReason::OtherVolumeId;
@@ -122,16 +148,17 @@ pub fn compare(sender: &Lineage, receiver: &Receiver<'_>, want: SnapshotId) -> R
     }
 
     if let Some(&held_at) = theirs.at.get(&want) {
-        let newer = theirs.changes_after(Some(held_at), &incoming);
+        let newer = changes_after(&theirs, Some(held_at), &incoming);
         return Ok(if newer.is_empty() {
             Relation::UpToDate
         } else {
             Relation::Behind { newer, common: Some(theirs.list[held_at].clone()) }
         });
     }
-    let common = theirs.list.iter().rposition(|held| incoming.held.contains_key(&held.snapshot.id));
-    let changes = theirs.changes_after(common, &incoming);
-    if changes.last().is_some_and(|newest| follows(newest, want, &ours, &theirs)) {
+    let is_common = |held: &HeldSnapshot| ours.holds(held.snapshot.id) && incoming.contains(&held.snapshot.id);
+    let common = theirs.list.iter().rposition(is_common);
+    let changes = changes_after(&theirs, common, &incoming);
+    if changes.last().is_some_and(|newest| follows(newest.snapshot.id, want, &ours, &theirs)) {
         return Ok(Relation::Behind { newer: changes, common: common.map(|at| theirs.list[at].clone()) });
     }
     let Some(common) = common.map(|at| &theirs.list[at]) else {
@@ -139,24 +166,24 @@ pub fn compare(sender: &Lineage, receiver: &Receiver<'_>, want: SnapshotId) -> R
             let reason = UnrelatedReason::NoCommonSnapshot;
             return Ok(Relation::Unrelated { reason, receiver_volume: volume.id, receiver_tip: tip });
         }
-        return Ok(unless_dirty(receiver, None, ours.path(None, want_at)));
+        return Ok(unless_dirty(receiver, None, ours.path(None, want)));
     };
-    let base_at = incoming.held[&common.snapshot.id];
-    let mut missing = ours.path(Some(base_at), want_at);
+    let base = &ours.list[ours.at[&common.snapshot.id]];
+    let mut missing = ours.path(Some(base.snapshot.id), want);
     if !changes.is_empty() {
         return Ok(Relation::Diverged { common: common.clone(), only_sender: missing, only_receiver: changes });
     }
-    // What the receiver has on top and a merge took in, though the sender holds it no more: only what descends from it
-    // follows, so that the receiver never goes back to a state without it.
-    if let Some(newest) = theirs.list.iter().rfind(|held| incoming.contains(held.snapshot.id)) {
-        let follows = |held: &HeldSnapshot| ours.ancestry(ours.at[&held.snapshot.id]).contains(newest.snapshot.id);
-        if newest.snapshot.id != common.snapshot.id
-            && let Some(first) = missing.iter().position(follows)
-        {
+    // What the receiver has on top and the wanted one descends from, though the sender holds it no more: only what descends
+    // from it follows, so that the receiver never goes back to a state without it.
+    if let Some(newest) = theirs.list.iter().rfind(|held| incoming.contains(&held.snapshot.id))
+        && newest.snapshot.id != common.snapshot.id
+    {
+        let descendants = ours.descendants(newest.snapshot.id);
+        if let Some(first) = missing.iter().position(|held| descendants.contains(&held.snapshot.id)) {
             missing.drain(..first);
         }
     }
-    let base = Base { snapshot: ours.list[base_at].clone(), on_receiver: common.key() };
+    let base = Base { snapshot: base.clone(), on_receiver: common.key() };
     Ok(unless_dirty(receiver, Some(base), missing))
 }
 
@@ -169,110 +196,43 @@ fn unless_dirty(receiver: &Receiver<'_>, base: Option<Base>, missing: Vec<HeldSn
 }
 
 /// For a volume that is not there: from the newest ancestor that another volume of the receiver holds, or in full.
-fn into_new_volume(ours: &History<'_>, incoming: &Ancestry, want_at: usize, elsewhere: &[SnapshotKey]) -> Relation {
+fn into_new_volume(
+    ours: &Side<'_>,
+    incoming: &BTreeSet<SnapshotId>,
+    want: SnapshotId,
+    elsewhere: &[SnapshotKey],
+) -> Relation {
     let places = elsewhere.iter().filter_map(|key| {
-        let &at = incoming.held.get(&key.snapshot)?;
         // The wanted snapshot itself is no base: the new volume needs a snapshot of its own.
-        (at != want_at).then_some((at, ours.list[at].volume == key.volume, std::cmp::Reverse(*key)))
+        let &at = ours.at.get(&key.snapshot).filter(|_| key.snapshot != want && incoming.contains(&key.snapshot))?;
+        Some((at, ours.list[at].volume == key.volume, std::cmp::Reverse(*key)))
     });
-    let base = places.max().map(|(at, _, key)| (at, key.0));
+    let base = places.max().map(|(at, _, key)| (&ours.list[at], key.0));
     Relation::FastForward {
-        missing: ours.path(base.map(|(at, _)| at), want_at),
-        base: base.map(|(at, on_receiver)| Base { snapshot: ours.list[at].clone(), on_receiver }),
+        missing: ours.path(base.map(|(base, _)| base.snapshot.id), want),
+        base: base.map(|(base, on_receiver)| Base { snapshot: base.clone(), on_receiver }),
     }
 }
 
-/// Tells whether one of the receiver's snapshots descends from the wanted one, by either side's knowledge.
-fn follows(newest: &HeldSnapshot, want: SnapshotId, ours: &History<'_>, theirs: &History<'_>) -> bool {
-    [theirs, ours]
-        .iter()
-        .any(|side| side.at.get(&newest.snapshot.id).is_some_and(|&at| side.ancestry(at).contains(want)))
+/// Tells whether one of the receiver's snapshots descends from the wanted one, in the order of either side.
+fn follows(newest: SnapshotId, want: SnapshotId, ours: &Side<'_>, theirs: &Side<'_>) -> bool {
+    theirs.ancestry(newest).contains(&want) || (ours.holds(newest) && ours.ancestry(newest).contains(&want))
 }
 
-/// A lineage with an index.
-pub(crate) struct History<'a> {
-    pub(crate) list: &'a [HeldSnapshot],
-    pub(crate) at: BTreeMap<SnapshotId, usize>,
-}
-
-/// A snapshot and all its ancestors, as far as one side knows.
-pub(crate) struct Ancestry {
-    /// Those that the side holds, with their places in its list.
-    pub(crate) held: BTreeMap<SnapshotId, usize>,
-    /// Those that are only named as parents: pruned, or held elsewhere.
-    named: BTreeSet<SnapshotId>,
-}
-
-impl Ancestry {
-    fn contains(&self, id: SnapshotId) -> bool {
-        self.held.contains_key(&id) || self.named.contains(&id)
-    }
-}
-
-impl<'a> History<'a> {
-    pub(crate) fn of(lineage: &'a Lineage) -> Self {
-        let list = lineage.snapshots.as_slice();
-        let at = list.iter().enumerate().map(|(at, held)| (held.snapshot.id, at)).collect();
-        Self { list, at }
-    }
-
-    /// Returns the places of a snapshot's parents. All lie before it, so that no list makes a cycle.
-    fn parents(&self, at: usize) -> Vec<usize> {
-        let named = &self.list[at].snapshot.parents;
-        let present = named.iter().filter_map(|id| self.at.get(id).copied()).filter(|&parent| parent < at);
-        let present: Vec<usize> = present.collect();
-        if present.is_empty() && !named.is_empty() && at > 0 { vec![at - 1] } else { present }
-    }
-
-    pub(crate) fn ancestry(&self, at: usize) -> Ancestry {
-        let mut ancestry = Ancestry { held: BTreeMap::new(), named: BTreeSet::new() };
-        let mut open = vec![at];
-        while let Some(at) = open.pop() {
-            let snapshot = &self.list[at].snapshot;
-            if ancestry.held.insert(snapshot.id, at).is_none() {
-                ancestry.named.extend(&snapshot.parents);
-                open.extend(self.parents(at));
-            }
+/// Returns a side's snapshots after `common` (after nothing: all) that hold changes the incoming history lacks.
+fn changes_after(side: &Side<'_>, common: Option<usize>, incoming: &BTreeSet<SnapshotId>) -> Vec<HeldSnapshot> {
+    // Snapshots whose contents the incoming history has at one of its own.
+    let mut repeating = BTreeSet::new();
+    let start = common.map_or(0, |at| at + 1);
+    let mut changes = Vec::new();
+    for (at, held) in side.list.iter().enumerate() {
+        let snapshot = &held.snapshot;
+        let contained = |id: &SnapshotId| incoming.contains(id) || repeating.contains(id);
+        if incoming.contains(&snapshot.id) || (held.unchanged && snapshot.parents.first().is_some_and(contained)) {
+            repeating.insert(snapshot.id);
+        } else if at >= start {
+            changes.push(held.clone());
         }
-        ancestry
     }
-
-    /// Returns the snapshots that lead from `base` (left out) to `to` (kept), along first parents where these lead
-    /// there; without a base, along first parents from the very first one.
-    fn path(&self, base: Option<usize>, to: usize) -> Vec<HeldSnapshot> {
-        let mut leads = BTreeSet::from_iter(base);
-        if let Some(base) = base {
-            for at in base + 1..=to {
-                if self.parents(at).iter().any(|parent| leads.contains(parent)) {
-                    leads.insert(at);
-                }
-            }
-        }
-        let mut path = Vec::new();
-        let mut next = Some(to);
-        while let Some(at) = next.filter(|&at| Some(at) != base) {
-            path.push(self.list[at].clone());
-            next = self.parents(at).into_iter().find(|parent| base.is_none() || leads.contains(parent));
-        }
-        path.reverse();
-        path
-    }
-
-    /// Returns this side's snapshots after `common` (after nothing: all) that hold changes the incoming history lacks.
-    fn changes_after(&self, common: Option<usize>, incoming: &Ancestry) -> Vec<HeldSnapshot> {
-        // Places of snapshots whose contents the incoming history has at one of its snapshots.
-        let mut contained = BTreeSet::new();
-        let start = common.map_or(0, |at| at + 1);
-        let mut changes = Vec::new();
-        for (at, held) in self.list.iter().enumerate() {
-            let first_parent = held.snapshot.parents.first().and_then(|id| self.at.get(id));
-            let repeats = held.unchanged && first_parent.is_some_and(|parent| contained.contains(parent));
-            if incoming.contains(held.snapshot.id) || repeats {
-                contained.insert(at);
-            } else if at >= start {
-                changes.push(held.clone());
-            }
-        }
-        changes
-    }
+    changes
 }

@@ -14,10 +14,13 @@
 //! attempt makes a new `Inbound`. The caller passes the volume's lineage as it is now, under the volume's lock, so that
 //! a snapshot taken here meanwhile is noticed.
 
+use std::collections::BTreeSet;
+
 use flocker_storage::model::{HeldSnapshot, Lineage, SnapshotId, SnapshotKey};
 
 use crate::{
-    divergence::{Receiver, Relation, compare},
+    ancestry::{Ancestor, learnt},
+    divergence::{Receiver, Relation, Sender, compare},
     message::{Answer, BeginStep, Mode, Offer, Problem, ProblemCode},
     plan::{Direction, Outcome, Parties, Point, Points, Verdict},
 };
@@ -46,7 +49,7 @@ pub enum Next {
 impl Inbound {
     /// Starts an attempt with what was offered and what was answered, both valid.
     pub fn new(offer: &Offer, answer: &Answer) -> Self {
-        let (base, missing) = match compare(&offer.lineage, &Receiver::from(answer), offer.want) {
+        let (base, missing) = match compare(&Sender::from(offer), &Receiver::from(answer), offer.want) {
             Ok(Relation::FastForward { base, missing }) if offer.mode == Mode::Run => (base, missing),
             _ => (None, Vec::new()),
         };
@@ -104,6 +107,15 @@ impl Inbound {
         self.next += 1;
         self.tip = Some(begin.snapshot.id);
         Ok(Next::Receive)
+    }
+
+    /// Returns the ancestors of the snapshots that are to arrive which this node does not hold, by the sender's word: to be
+    /// remembered before the first one lands.
+    pub fn learnt(&self) -> Vec<Ancestor> {
+        let elsewhere = self.answer.elsewhere.iter().map(|key| key.snapshot);
+        let here: BTreeSet<SnapshotId> =
+            self.answer.lineage.snapshots.iter().map(|held| held.snapshot.id).chain(elsewhere).collect();
+        learnt(&self.offer, &here, &self.missing)
     }
 
     /// Says what an attempt whose steps have all landed has done, for the one who asked for a pull. `held` is the last

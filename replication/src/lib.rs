@@ -8,7 +8,9 @@
 //!
 //! Neighbours: `flocker-storage` for the model's words; `node` calls this crate and acts on its answers.
 
+pub mod ancestry;
 pub mod binding;
+mod descent;
 pub mod divergence;
 pub mod inbound;
 pub mod merge;

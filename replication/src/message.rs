@@ -7,13 +7,13 @@
 //! # The story on one stream (docs/PROTOCOL.md has it in full)
 //! | who | sends | the other side answers |
 //! |---|---|---|
-//! | opener, to push | [`Offer`] | [`Answer`] |
-//! | opener, to pull | [`PullRequest`] | [`Offer`], and is the sender from here on; the opener sends [`Answer`] |
+//! | opener, to push | [`Offer`], [`Message::Forgotten`] | [`Answer`] |
+//! | opener, to pull | [`PullRequest`] | [`Offer`], [`Message::Forgotten`], and is the sender from here on; the opener sends [`Answer`] |
 //! | opener, to look | [`Describe`] | [`Description`], the end |
 //! | sender, per step | [`BeginStep`] | [`StepReady`]; then the bytes flow on the bulk lanes; then [`StepDone`] |
 //! | whoever did not start the transfer, once a step's bytes have flowed | [`Message::Remarks`] | nothing |
 //! | sender, where histories have gone apart and the policy says so | [`Message::Resolve`] | [`Answer`] for the volume that the history lands in instead; or [`Message::Resolved`], the end |
-//! | sender, at the end | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end; [`Message::Resolved`] after a `Resolve` |
+//! | sender, at the end, unless its last step said [`After::Nothing`] | [`Message::Conclude`] (no step was run) or [`Message::Finish`] | [`Message::Finished`], the end; [`Message::Resolved`] after a `Resolve` |
 //! | opener, to hand over | [`TakeOver`] | [`TakenOver`], the end |
 //! | opener, to know who may write | [`AskClaims`] | [`Message::Claims`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
@@ -32,11 +32,14 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use crate::problem::{Problem, ProblemCode};
-use crate::{plan::Outcome, resolution::Resolution};
+use crate::{ancestry::Forgotten, plan::Outcome, resolution::Resolution};
 
 /// The protocol's revision within ALPN `flocker/1`. A peer that speaks another one is refused with
-/// [`ProblemCode::VersionMismatch`].
-pub const PROTOCOL: u32 = 1;
+/// [`ProblemCode::VersionMismatch`]. So that it can be, messages that open an exchange ([`Offer`], [`PullRequest`], [`Describe`],
+/// [`TakeOver`], [`AskClaims`]) and [`Problem`] keep their bytes through all revisions; what a revision adds comes behind them.
+///
+/// 2: [`Message::Forgotten`] behind each offer, [`Answer::forgotten`], [`BeginStep::after`].
+pub const PROTOCOL: u32 = 2;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
 /// [`MESSAGE_LIMIT`].
@@ -101,6 +104,8 @@ pub enum Message {
     AskClaims(AskClaims),
     /// 18: answers [`Message::AskClaims`]; volumes that are not there, or not to be known, are left out.
     Claims(Vec<VolumeClaim>),
+    /// 19: follows each [`Message::Offer`] at once: [`Offer::forgotten`].
+    Forgotten(Forgotten),
 }
 
 /// Asks who may write some volumes, as far as the peer knows.
@@ -174,6 +179,10 @@ pub struct Offer {
     pub mode: Mode,
     /// Who sends.
     pub sender: Host,
+    /// Ancestors of the lineage's snapshots that the sender does not hold. Travels behind the offer, as [`Message::Forgotten`], so
+    /// that an offer keeps its bytes.
+    #[serde(skip)]
+    pub forgotten: Forgotten,
 }
 
 /// Asks the peer to offer one of its volumes on the same stream.
@@ -249,6 +258,9 @@ pub struct Answer {
     pub partial: Option<Partial>,
     /// Who receives.
     pub receiver: Host,
+    /// Ancestors of the lineage's snapshots that the receiver does not hold, that descend from what is offered, and that the
+    /// sender does not know.
+    pub forgotten: Forgotten,
 }
 
 /// Starts a step: one snapshot, built on one base or on nothing.
@@ -270,6 +282,17 @@ pub struct BeginStep {
     pub stream: StepStream,
     /// The point of the receiver's [`Answer::partial`] that the sender is willing to go on from.
     pub resume: Option<ResumePoint>,
+    /// What the sender says when the step is done.
+    pub after: After,
+}
+
+/// What a sender says behind the [`StepDone`] of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum After {
+    /// 0: it begins another step, or finishes.
+    More,
+    /// 1: nothing: it was the last step, and its [`StepDone`] ends the exchange.
+    Nothing,
 }
 
 /// The sender's stream of one step. It outlives a connection while the sender's daemon lives: after a reconnect the
@@ -420,6 +443,7 @@ impl Message {
             Self::TakenOver(_) => "TakenOver",
             Self::AskClaims(_) => "AskClaims",
             Self::Claims(_) => "Claims",
+            Self::Forgotten(_) => "Forgotten",
         }
     }
 
@@ -441,6 +465,7 @@ impl Message {
             Self::TakeOver(_) | Self::TakenOver(_) => Ok(()),
             Self::AskClaims(AskClaims { volumes, .. }) => check_claims(volumes.len()),
             Self::Claims(claims) => check_claims(claims.len()),
+            Self::Forgotten(forgotten) => forgotten.check(),
         };
         checked.map_err(|rule| Violation { message: self.kind(), rule })
     }
@@ -480,6 +505,7 @@ fn check_answer(answer: &Answer) -> Result<(), String> {
     check_lineage(&answer.lineage)?;
     check_formats(&answer.formats)?;
     check_mounted(answer.mounted.as_deref())?;
+    answer.forgotten.check()?;
     demand(answer.elsewhere.len() <= ELSEWHERE_LIMIT, || {
         format!("it holds {} snapshots elsewhere, {ELSEWHERE_LIMIT} at most", answer.elsewhere.len())
     })?;

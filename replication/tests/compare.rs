@@ -6,8 +6,10 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 
 use flocker_replication::{
+    ancestry::{Ancestor, Forgotten, Memory, answered, offered},
     binding::{Binding, bind, sibling},
-    divergence::{Receiver, Relation, UnrelatedReason, WantMissing, compare},
+    divergence::{Receiver, Relation, Sender, UnrelatedReason, WantMissing, compare},
+    message::{Answer, Offer},
 };
 use flocker_storage::model::*;
 use proptest::prelude::*;
@@ -194,6 +196,75 @@ fn each_history_gets_its_outcome() {
     }
 }
 
+/// What a node remembers when it has destroyed snapshots of a history.
+fn memory(parents: &[(u128, &[u128])]) -> Memory {
+    parents.iter().map(|(number, of)| (id(*number), of.iter().map(|&parent| id(parent)).collect())).collect()
+}
+
+/// Compares as two nodes do that exchange what they remember.
+fn relate_remembering(
+    (sender, sender_memory): (&[HeldSnapshot], &Memory),
+    (receiver, receiver_memory): (&[HeldSnapshot], &Memory),
+    want: u128,
+) -> Relation {
+    let forgotten = offered(&lineage(sender), sender_memory);
+    let offer = Offer { forgotten, ..offer(sender, want) };
+    let forgotten = answered(&lineage(receiver), receiver_memory, &offer);
+    let answer = Answer { forgotten, ..answer(Some(receiver)) };
+    compare(&Sender::from(&offer), &Receiver::from(&answer), id(want)).unwrap()
+}
+
+#[test]
+fn a_destroyed_ancestor_is_known_by_who_remembers_it() {
+    let none = Memory::new();
+    // 2 and 3 were destroyed in a row.
+    let pruned = [held(1, &[]), held(4, &[3])];
+    let knows = memory(&[(3, &[2]), (2, &[1])]);
+    let to_two = |memory: &Memory| relate_remembering((&pruned, memory), (&chain(&[1, 2]), &none), 4);
+    assert_eq!(numbers(&to_two(&knows)), ("fast-forward", Some(1), vec![4], vec![]));
+    assert_eq!(numbers(&to_two(&none)).0, "diverged", "nobody knows, which is the safe side");
+    let from_two = |memory: &Memory| relate_remembering((&chain(&[1, 2]), &none), (&pruned, memory), 2);
+    assert_eq!(numbers(&from_two(&knows)), ("behind", Some(1), vec![], vec![4]));
+    // The receiver holds both, and knows their parents from them.
+    let to_three = relate_remembering((&pruned, &none), (&chain(&[1, 2, 3]), &none), 4);
+    assert_eq!(numbers(&to_three), ("fast-forward", Some(1), vec![4], vec![]));
+    // The newest was destroyed before the next was taken.
+    let next = [held(1, &[]), held(3, &[2])];
+    let to_newest = relate_remembering((&next, &memory(&[(2, &[1])])), (&chain(&[1, 2]), &none), 3);
+    assert_eq!(numbers(&to_newest), ("fast-forward", Some(1), vec![3], vec![]));
+    // All before was destroyed here; what is left of it there is older.
+    let far = relate_remembering((&chain(&[1, 2]), &none), (&[held(5, &[4])], &memory(&[(4, &[3]), (3, &[2])])), 2);
+    assert_eq!(numbers(&far), ("behind", None, vec![], vec![5]));
+    // What was discarded is remembered, and is no ancestor.
+    let rolled_back = [held(1, &[]), held(3, &[1])];
+    let discarded = relate_remembering((&rolled_back, &memory(&[(2, &[1])])), (&chain(&[1, 2]), &none), 3);
+    assert_eq!(numbers(&discarded).0, "diverged");
+}
+
+#[test]
+fn what_is_remembered_makes_nobody_hold_anything() {
+    // By the receiver's memory it could build on 2.
+    let relation =
+        relate_remembering((&chain(&[1, 2, 3]), &Memory::new()), (&[held(1, &[])], &memory(&[(2, &[1])])), 3);
+    assert_eq!(numbers(&relation), ("fast-forward", Some(1), vec![2, 3], vec![]));
+    // What the receiver holds counts before what it is told.
+    let lie = memory(&[(9, &[2]), (2, &[])]);
+    let relation = relate_remembering((&[held(1, &[]), held(4, &[9])], &lie), (&chain(&[1, 2]), &Memory::new()), 4);
+    assert_eq!(numbers(&relation), ("fast-forward", Some(1), vec![4], vec![]));
+}
+
+#[test]
+fn only_what_may_matter_travels() {
+    let knows = memory(&[(9, &[8]), (3, &[2]), (2, &[1]), (4, &[3])]);
+    let told = |forgotten: &Forgotten| forgotten.iter().map(|(id, _)| id.0.as_u128()).collect::<Vec<_>>();
+    let forgotten = offered(&lineage(&[held(1, &[]), held(5, &[4])]), &knows);
+    assert_eq!(told(&forgotten), [4, 3, 2], "newest first; 9 is nobody's ancestor, and 1 is held");
+    let pruned = lineage(&[held(1, &[]), held(5, &[4])]);
+    let all = offer(&chain(&[1, 2, 3]), 3);
+    assert_eq!(told(&answered(&pruned, &knows, &all)), [4], "the sender knows 3 itself");
+    assert_eq!(answered(&pruned, &knows, &offer(&chain(&[7, 8]), 8)).len(), 0, "nothing leads there");
+}
+
 #[test]
 fn a_clone_builds_on_its_origin_where_the_receiver_holds_that_elsewhere() {
     let elsewhere = |place: u128, number| SnapshotKey { volume: volume(place), snapshot: id(number) };
@@ -215,19 +286,16 @@ fn a_clone_builds_on_its_origin_where_the_receiver_holds_that_elsewhere() {
 #[test]
 fn another_volume_of_that_name_is_unrelated_whatever_it_holds() {
     let other = record(5, "db");
-    let snapshots = lineage(&chain(&[1]));
-    let receiver =
-        Receiver { volume: Some(&other), lands_in: volume(DB), lineage: &snapshots, head: CLEAN, elsewhere: &[] };
-    let relation = compare(&lineage(&chain(&[1, 2])), &receiver, id(2)).unwrap();
+    let answer = Answer { volume: Some(other.clone()), ..answer(Some(&chain(&[1]))) };
+    let relation = compare(&Sender::from(&offer(&chain(&[1, 2]), 2)), &Receiver::from(&answer), id(2)).unwrap();
     let Relation::Unrelated { reason, receiver_volume, .. } = relation else { panic!("{relation:?}") };
     assert_eq!((reason, receiver_volume), (UnrelatedReason::OtherVolumeId, other.id));
 }
 
 #[test]
 fn a_snapshot_that_the_sender_lacks_cannot_be_wanted() {
-    let none = Lineage::default();
-    let receiver = Receiver { volume: None, lands_in: volume(DB), lineage: &none, head: CLEAN, elsewhere: &[] };
-    assert_eq!(compare(&lineage(&chain(&[1])), &receiver, id(9)), Err(WantMissing(id(9))));
+    let (offer, answer) = (offer(&chain(&[1]), 1), answer(None));
+    assert_eq!(compare(&Sender::from(&offer), &Receiver::from(&answer), id(9)), Err(WantMissing(id(9))));
 }
 
 #[test]
@@ -254,6 +322,30 @@ fn offers_are_bound_by_id_and_name() {
     assert_eq!(bound("db", &[foreign]), ("taken", offered.id));
     assert_eq!(bound("copy", std::slice::from_ref(&db)), ("new", beside));
     assert_eq!(bound("copy", &[db, copy]), ("existing", beside));
+}
+
+#[test]
+fn ten_thousand_snapshots_are_compared_with_what_is_left_of_them() {
+    const COUNT: u128 = 10_000;
+    let all: Vec<u128> = (1..=COUNT).collect();
+    let whole = chain(&all);
+    // The receiver has every second one of the first 8,000, and remembers the others.
+    let number = |held: &HeldSnapshot| held.snapshot.id.0.as_u128();
+    let is_left = |held: &&HeldSnapshot| number(held).is_multiple_of(2) && number(held) <= 8_000;
+    let left: Vec<HeldSnapshot> = whole.iter().filter(is_left).cloned().collect();
+    let memory: Memory = whole.iter().map(|held| (held.snapshot.id, held.snapshot.parents.clone())).collect();
+    let none = Memory::new();
+
+    let forward = relate_remembering((&whole, &none), (&left, &memory), COUNT);
+    let (kind, base, missing, _) = numbers(&forward);
+    assert_eq!((kind, base, missing.len()), ("fast-forward", Some(8_000), 2_000));
+    let behind = relate_remembering((&left, &memory), (&whole, &none), 8_000);
+    let (kind, common, _, newer) = numbers(&behind);
+    assert_eq!((kind, common, newer.len()), ("behind", Some(8_000), 2_000));
+    let first_alone = [held(2, &[1])];
+    let (kind, base, missing, _) = numbers(&relate_remembering((&left, &memory), (&first_alone, &none), 8_000));
+    assert_eq!((kind, base, missing.len()), ("fast-forward", Some(2), 3_999));
+    assert_eq!(offered(&lineage(&left), &memory).len(), 4_000);
 }
 
 /// A world: a DAG of snapshots with contents, and what two nodes still hold of two lines through it.
@@ -305,10 +397,11 @@ fn world(seed: Vec<u8>) -> World {
         grow(&mut lines[0], false, None, &mut parents);
     }
     let want = lines[0][lines[0].len() - 1 - draw(2).min(lines[0].len() - 1)];
+    let one_in = 2 + draw(4);
     let mut hold = |line: &[u128], kept: Option<u128>| {
         let mut list = Vec::new();
         for &number in line {
-            if draw(5) == 0 && kept != Some(number) {
+            if draw(one_in) == 0 && kept != Some(number) {
                 continue;
             }
             let of = &parents[&number];
@@ -388,6 +481,47 @@ fn judge(world: &World, relation: &Relation) {
     }
 }
 
+/// What a node remembers that has held all ancestors of what it holds.
+fn whole_memory(world: &World, held: &[HeldSnapshot]) -> Memory {
+    let all: BTreeSet<u128> = list(held).into_iter().flat_map(|number| ancestors(&world.parents, number)).collect();
+    all.into_iter().map(|number| (id(number), world.parents[&number].iter().map(|&of| id(of)).collect())).collect()
+}
+
+/// The outcome by the whole graph, of which nothing was ever destroyed: its kind, the newest common snapshot where it matters, and
+/// the receiver's changes.
+fn by_the_whole_graph(world: &World) -> (&'static str, Option<u128>, Vec<u128>) {
+    let World { parents, want, .. } = world;
+    let (sender, receiver) = (list(&world.sender), list(&world.receiver));
+    let incoming = ancestors(parents, *want);
+    let mut repeating = BTreeSet::new();
+    let mut own = BTreeSet::new();
+    for held in &world.receiver {
+        let number = held.snapshot.id.0.as_u128();
+        let contained = |of: &u128| incoming.contains(of) || repeating.contains(of);
+        if incoming.contains(&number) || (held.unchanged && parents[&number].first().is_some_and(contained)) {
+            repeating.insert(number);
+        } else {
+            own.insert(number);
+        }
+    }
+    let after = |at: Option<usize>| -> Vec<u128> {
+        receiver[at.map_or(0, |at| at + 1)..].iter().copied().filter(|number| own.contains(number)).collect()
+    };
+    if let Some(at) = receiver.iter().position(|number| number == want) {
+        let newer = after(Some(at));
+        return if newer.is_empty() { ("up-to-date", None, newer) } else { ("behind", Some(*want), newer) };
+    }
+    let common = receiver.iter().rposition(|number| sender.contains(number) && incoming.contains(number));
+    let changes = after(common);
+    let common_number = common.map(|at| receiver[at]);
+    match changes.last() {
+        Some(newest) if ancestors(parents, *newest).contains(want) => ("behind", common_number, changes),
+        _ if common.is_none() && !receiver.is_empty() => ("unrelated", None, Vec::new()),
+        None => ("fast-forward", common_number, changes),
+        Some(_) => ("diverged", common_number, changes),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 30_000, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -406,6 +540,47 @@ proptest! {
         } else {
             prop_assert_eq!(&dirty, &relation);
         }
+    }
+
+    #[test]
+    fn with_memory_the_outcome_is_that_of_the_whole_graph(seed in prop::collection::vec(any::<u8>(), 24..48)) {
+        let world = world(seed);
+        let (sender, receiver) = (&world.sender[..], &world.receiver[..]);
+        let memories = (whole_memory(&world, sender), whole_memory(&world, receiver));
+        let relation = relate_remembering((sender, &memories.0), (receiver, &memories.1), world.want);
+        judge(&world, &relation);
+        let (kind, common, missing, theirs) = numbers(&relation);
+        prop_assert_eq!((kind, common, theirs), by_the_whole_graph(&world));
+        if kind == "fast-forward" {
+            prop_assert!(missing.is_sorted(), "oldest first: {:?}", missing);
+            let mut landed = world.receiver.clone();
+            landed.extend(sender.iter().filter(|held| missing.contains(&held.snapshot.id.0.as_u128())).cloned());
+            let again = relate_remembering((sender, &memories.0), (&landed, &memories.1), world.want);
+            prop_assert_eq!(again, Relation::UpToDate);
+        }
+    }
+
+    #[test]
+    fn whatever_is_said_to_be_remembered_there_is_an_answer(
+        seed in prop::collection::vec(any::<u8>(), 24..48),
+        said in prop::collection::vec((0_u128..12, prop::collection::vec(0_u128..12, 0..3)), 0..12),
+    ) {
+        let world = world(seed);
+        let said = || said.iter().map(|(number, of)| Ancestor {
+            id: id(*number),
+            parents: of.iter().map(|&of| id(of)).collect(),
+        });
+        let offer = Offer { forgotten: said().collect(), ..offer(&world.sender, world.want) };
+        let answer = Answer { forgotten: said().rev().collect(), ..answer(Some(&world.receiver)) };
+        let relation = compare(&Sender::from(&offer), &Receiver::from(&answer), id(world.want)).unwrap();
+        // Lies make nobody hold anything, and what is sent is the sender's.
+        let (_, base, missing, theirs) = numbers(&relation);
+        let (sender, receiver) = (list(&world.sender), list(&world.receiver));
+        prop_assert!(base.is_none_or(|base| receiver.contains(&base)));
+        prop_assert!(missing.iter().all(|number| sender.contains(number)));
+        prop_assert!(theirs.iter().all(|number| receiver.contains(number)));
+        let distinct: BTreeSet<_> = missing.iter().collect();
+        prop_assert_eq!(distinct.len(), missing.len());
     }
 
     #[test]

@@ -4,9 +4,9 @@
 mod support;
 
 use flocker_replication::{
-    divergence::{Receiver, compare},
+    divergence::{Receiver, Sender, compare},
     inbound::{Inbound, Next},
-    message::{Answer, BeginStep, Mode, Offer, ProblemCode, StepStream},
+    message::{After, Answer, BeginStep, Mode, Offer, ProblemCode, StepStream},
     plan::{Direction, Parties, Plan, Step, plan},
 };
 use flocker_storage::{delta::DeltaFormat, model::*};
@@ -15,7 +15,7 @@ use support::*;
 use uuid::Uuid;
 
 fn planned(offer: &Offer, answer: &Answer) -> Vec<Step> {
-    let relation = compare(&offer.lineage, &Receiver::from(answer), offer.want).unwrap();
+    let relation = compare(&Sender::from(offer), &Receiver::from(answer), offer.want).unwrap();
     let parties = Parties {
         direction: Direction::Push,
         volume: offer.volume.name.clone(),
@@ -39,6 +39,7 @@ fn begin(number: u32, step: &Step) -> BeginStep {
         format: step.format.clone(),
         stream: StepStream { id: Uuid::from_u128(1), oldest_frame: 0 },
         resume: None,
+        after: After::More,
     }
 }
 

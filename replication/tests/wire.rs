@@ -7,6 +7,7 @@ use std::num::NonZeroU64;
 
 use bytes::Bytes;
 use flocker_replication::{
+    ancestry::{Ancestor, FORGOTTEN_LIMIT, Forgotten},
     message::*,
     plan::{Direction, Outcome, Point, Points, UnrelatedReason, Verdict},
     resolution::{Kept, Place, Resolution},
@@ -61,6 +62,12 @@ fn verdicts() -> [Verdict; 6] {
     ]
 }
 
+fn forgotten(ancestors: &[(u128, &[u128])]) -> Forgotten {
+    let one =
+        |(number, of): &(u128, &[u128])| Ancestor { id: id(*number), parents: of.iter().map(|&of| id(of)).collect() };
+    ancestors.iter().map(one).collect()
+}
+
 fn messages() -> Vec<Message> {
     let transfer = Uuid::from_u128(7);
     let db: VolumeName = "db".parse().unwrap();
@@ -80,6 +87,7 @@ fn messages() -> Vec<Message> {
     full_answer.mounted = Some("/mnt/db".to_owned());
     full_answer.elsewhere = vec![SnapshotKey { volume: volume(77), snapshot: id(1) }];
     full_answer.partial = Some(partial);
+    full_answer.forgotten = forgotten(&[(8, &[7])]);
     let problem = Problem::new(ProblemCode::Busy).with("volume", "db");
     let mut all = vec![
         Message::Offer(Box::new(offer(&chain(&[1, 2]), 2))),
@@ -113,6 +121,7 @@ fn messages() -> Vec<Message> {
             format: DeltaFormat::tree(),
             stream: StepStream { id: transfer, oldest_frame: 3 },
             resume: Some(resume.clone()),
+            after: After::Nothing,
         })),
         Message::StepReady(StepReady { step: 1, start: StepStart::Beginning }),
         Message::StepReady(StepReady { step: 1, start: StepStart::Frame(300) }),
@@ -147,6 +156,8 @@ fn messages() -> Vec<Message> {
         epoch: 2,
         primary: Some(host("host-b")),
     }]));
+    // Three that follow one another, then a merge.
+    all.push(Message::Forgotten(forgotten(&[(9, &[8]), (8, &[7]), (7, &[1]), (6, &[5, 4])])));
     all
 }
 
@@ -166,6 +177,27 @@ fn every_message_keeps_its_bytes() {
         .collect();
     let golden: Vec<&str> = include_str!("../testdata/messages.hex").lines().collect();
     assert_eq!(lines, golden);
+}
+
+/// What opens an exchange is read whatever revision its sender speaks, so that it can be refused in words.
+#[test]
+fn what_opens_an_exchange_keeps_its_bytes_through_all_revisions() {
+    let bytes = |text: &str| -> Vec<u8> {
+        (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+    };
+    for line in include_str!("../testdata/openings-1.hex").lines() {
+        let (kind, text) = line.split_once(' ').unwrap();
+        let (message, rest) = postcard::take_from_bytes::<Message>(&bytes(text)).map(|(m, r)| (m, r.len())).unwrap();
+        let protocol = match &message {
+            Message::Offer(offer) => offer.protocol,
+            Message::PullRequest(request) => request.protocol,
+            Message::Describe(request) => request.protocol,
+            Message::TakeOver(request) => request.protocol,
+            Message::AskClaims(request) => request.protocol,
+            other => panic!("{} opens nothing", other.kind()),
+        };
+        assert_eq!((message.kind(), protocol, rest), (kind, 1, 0));
+    }
 }
 
 #[test]
@@ -239,6 +271,19 @@ fn what_breaks_a_limit_is_refused() {
             assert!(rule(Message::Resolved(Box::new(resolution))).contains("counts wrongly"));
         }
     }
+    let remembered = |ancestors: &[(u128, &[u128])]| rule(Message::Forgotten(forgotten(ancestors)));
+    assert!(remembered(&[(9, &[8, 7, 6])]).contains("3 parents"));
+    assert!(remembered(&[(9, &[9])]).contains("its own parent"));
+    assert!(remembered(&[(9, &[8, 8])]).contains("a parent twice"));
+    assert!(remembered(&[(9, &[8]), (8, &[9]), (9, &[])]).contains("twice"));
+    let many: Forgotten =
+        (0..=FORGOTTEN_LIMIT as u128).map(|number| Ancestor { id: id(number), parents: Vec::new() }).collect();
+    assert!(rule(Message::Forgotten(many.clone())).contains("4096 are allowed"));
+    let flooded = Answer { forgotten: many, ..answer(None) };
+    assert!(rule(Message::Answer(Box::new(flooded))).contains("4096 are allowed"));
+    // One run of no ids.
+    let empty_run = postcard::from_bytes::<Message>(&[19, 1, 0, 0]).unwrap();
+    assert!(rule(empty_run).contains("run of no ancestors"));
     let finding = Finding { path: "ä".repeat(REMARK_LIMIT), what: String::new() };
     assert!(rule(Message::Remarks(vec![finding.clone()])).contains("8192 bytes"));
     let cut = Message::remarks(vec![finding; REMARKS_LIMIT + 1]);
@@ -253,7 +298,7 @@ fn the_longest_lineage_fits_the_message_limit() {
     one.snapshot.created = jiff::Timestamp::MAX;
     one.logical_bytes = u64::MAX;
     let bytes = postcard::to_allocvec(&one).unwrap().len() * LINEAGE_LIMIT;
-    assert!(bytes + 33 * ELSEWHERE_LIMIT + 256 * 1024 < MESSAGE_LIMIT, "{bytes}");
+    assert!(bytes + 33 * ELSEWHERE_LIMIT + 51 * FORGOTTEN_LIMIT + 256 * 1024 < MESSAGE_LIMIT, "{bytes}");
 }
 
 proptest! {

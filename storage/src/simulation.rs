@@ -18,6 +18,8 @@ pub trait Hooks {
     fn passed(&self, fault_point: &str);
     /// How long the next step on a pool takes.
     fn pause(&self) -> Duration;
+    /// The node that asks does something that is counted: it tells a peer something, or reads a lineage.
+    fn noted(&self, what: &'static str);
     /// Whether a bug that was fixed is put back, to see that the harness finds it.
     fn is_put_back(&self, bug: &str) -> bool;
 }
@@ -51,6 +53,13 @@ pub fn is_running() -> bool {
 /// Returns this thread's hooks.
 pub(crate) fn hooks() -> Option<Rc<dyn Hooks>> {
     HOOKS.with_borrow(Clone::clone)
+}
+
+/// Takes note of something that is counted.
+pub fn noted(what: &'static str) {
+    if let Some(hooks) = hooks() {
+        hooks.noted(what);
+    }
 }
 
 /// Lets a step on a pool take its time.

@@ -1,5 +1,7 @@
 //! `log`.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use flocker_node::api::{
     client::VolumeName,
@@ -33,6 +35,19 @@ impl Session<'_> {
     }
 }
 
+/// The snapshots with the nearest ancestors that are there in place of parents that were destroyed.
+fn joined(history: &HistoryResource) -> Vec<HistoryNode> {
+    let mut nodes = history.nodes.clone();
+    let places: BTreeMap<_, usize> = nodes.iter().enumerate().map(|(at, node)| (node.id, at)).collect();
+    nodes.iter_mut().for_each(|node| node.parents.clear());
+    for edge in &history.edges {
+        if let Some(&at) = places.get(&edge.child) {
+            nodes[at].parents.push(edge.parent);
+        }
+    }
+    nodes
+}
+
 fn shown(history: &HistoryResource, graph: bool) -> String {
     let describe = |node: &HistoryNode| {
         let places: Vec<String> = node.held_by.iter().map(|place| format!("{}:{}", place.host, place.volume)).collect();
@@ -47,10 +62,11 @@ fn shown(history: &HistoryResource, graph: bool) -> String {
             places.join(" ")
         )
     };
+    let nodes = joined(history);
     let mut text = if graph {
-        graph::draw(&history.nodes, describe)
+        graph::draw(&nodes, describe)
     } else {
-        graph::newest_first(&history.nodes).into_iter().map(|node| describe(node) + "\n").collect()
+        graph::newest_first(&nodes).into_iter().map(|node| describe(node) + "\n").collect()
     };
     if history.hosts.len() > 1 {
         text.push('\n');

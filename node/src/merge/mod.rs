@@ -13,7 +13,7 @@
 
 mod weaving;
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use flocker_replication::{
     merge::{Conflict, Label, Labels, Plan, Resolve, common_ancestor, with_merged},
@@ -90,7 +90,7 @@ impl Node {
         if request.conflicts == Resolve::Stop && !report.conflicts.is_empty() {
             report.state = MergeState::Conflicts;
         } else if !request.dry_run {
-            let held = self.carry_out_merge(&volume, &request, &three, plan).await?;
+            let held = self.carry_out_merge(&volume, &request, &three, &only_theirs(&ours, &theirs), plan).await?;
             report.state = MergeState::Merged;
             report.snapshot = Some(snapshot_resource(name, &held));
         }
@@ -197,6 +197,7 @@ impl Node {
         volume: &Volume,
         request: &MergeVolume,
         three: &Three,
+        merged_in: &[HeldSnapshot],
         plan: Arc<Plan>,
     ) -> Result<HeldSnapshot> {
         let name = match &request.snapshot {
@@ -216,6 +217,12 @@ impl Node {
             metadata: Default::default(),
         };
         let key = SnapshotKey { volume: volume.record.id, snapshot: snapshot.id };
+        // What is merged in may be destroyed later, with the volume that holds it.
+        self.remember(key.volume, merged_in).await?;
+        for from in merged_in.iter().map(|held| held.volume).filter(|from| *from != key.volume).collect::<BTreeSet<_>>()
+        {
+            self.state.inherit(from, key.volume).await?;
+        }
         let operation = format!("merge-{}", snapshot.id);
         let intent = Operation::Merge { volume: key.volume, snapshot: key.snapshot };
         self.state.begin(operation.clone(), &intent).await?;
@@ -297,6 +304,12 @@ impl Node {
         }
         Ok(())
     }
+}
+
+/// What a merge brings into a history, newest first.
+fn only_theirs(ours: &Lineage, theirs: &Lineage) -> Vec<HeldSnapshot> {
+    let own: BTreeSet<SnapshotId> = ours.snapshots.iter().map(|held| held.snapshot.id).collect();
+    theirs.snapshots.iter().rev().filter(|held| !own.contains(&held.snapshot.id)).cloned().collect()
 }
 
 fn resource(conflict: &Conflict) -> ConflictResource {

@@ -32,6 +32,8 @@ struct Inner {
     nodes: Vec<Fate>,
     /// Which node a runtime is of.
     runtimes: HashMap<Id, usize>,
+    /// What the nodes have done that is counted, since it was last taken.
+    noted: Vec<(usize, &'static str)>,
 }
 
 struct Fate {
@@ -59,7 +61,7 @@ impl Fates {
                 slow: false,
             })
             .collect();
-        let inner = Inner { rng, nodes, runtimes: HashMap::new() };
+        let inner = Inner { rng, nodes, runtimes: HashMap::new(), noted: Vec::new() };
         Rc::new(Self { inner: RefCell::new(inner), put_back })
     }
 
@@ -99,6 +101,11 @@ impl Fates {
     /// Makes a node's pool slow, or quick again.
     pub(crate) fn set_slow(&self, node: usize, slow: bool) {
         self.inner.borrow_mut().nodes[node].slow = slow;
+    }
+
+    /// Returns what nodes have done that is counted since the last call: who, and what.
+    pub(crate) fn take_noted(&self) -> Vec<(usize, &'static str)> {
+        std::mem::take(&mut self.inner.borrow_mut().noted)
     }
 
     /// Returns bytes that follow from the seed.
@@ -164,6 +171,13 @@ impl Hooks for Fates {
         let slow = inner.here().is_some_and(|node| inner.nodes[node].slow);
         let most = if slow { 120 } else { 4 };
         Duration::from_millis(inner.rng.random_range(0..=most))
+    }
+
+    fn noted(&self, what: &'static str) {
+        let mut inner = self.inner.borrow_mut();
+        if let Some(node) = inner.here() {
+            inner.noted.push((node, what));
+        }
     }
 
     fn is_put_back(&self, bug: &str) -> bool {

@@ -5,6 +5,7 @@
 //! `FLOCKER_SIM_SEEDS=A..B` runs others than those of CI.
 #![allow(clippy::unwrap_used)]
 
+mod counts;
 mod fate;
 mod invariants;
 mod network;

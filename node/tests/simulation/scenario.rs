@@ -28,7 +28,7 @@ const VOLUMES: &[&str] = &["db", "web", "log"];
 const POLICIES: &[&str] = &["refuse", "refuse", "fork", "theirs", "ours"];
 
 /// What a node may answer with that is nobody's fault but the network's, or a stop's.
-const EXPECTED: &[&str] = &["peer_unreachable", "peer_shutting_down", "shutting_down", "timed_out"];
+const EXPECTED: &[&str] = &["peer_unreachable", "peer_busy", "peer_shutting_down", "shutting_down", "timed_out"];
 
 /// What a run found out.
 #[derive(Debug, Default)]

@@ -1,12 +1,16 @@
 //! Which snapshot two histories went apart at, and histories that merges brought in.
 //!
-//! Works on lineages as the drivers list them; parents by id. Neighbour: [`crate::divergence`], which compares them.
+//! Works on lineages as the drivers list them; parents by id. Neighbours: [`crate::descent`], and [`crate::divergence`],
+//! which compares them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use flocker_storage::model::{HeldSnapshot, Lineage, SnapshotId};
 
-use crate::{divergence::History, message::LINEAGE_LIMIT};
+use crate::{
+    descent::{Descent, Side, told},
+    message::LINEAGE_LIMIT,
+};
 
 /// Where two histories went apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,31 +24,30 @@ pub struct CommonAncestor {
 
 /// Finds where the tips of two lineages went apart. The same whichever is first, but for who holds it.
 pub fn common_ancestor(ours: &Lineage, theirs: &Lineage) -> Option<CommonAncestor> {
-    let (ours, theirs) = (History::of(ours), History::of(theirs));
-    let mine = ours.ancestry(ours.list.len().checked_sub(1)?);
-    let other = theirs.ancestry(theirs.list.len().checked_sub(1)?);
+    let (our_descent, their_descent) = (Descent::of(told(ours)), Descent::of(told(theirs)));
+    let (our_tip, their_tip) = (ours.tip()?.snapshot.id, theirs.tip()?.snapshot.id);
+    let (ours, theirs) = (Side::of(ours, &our_descent), Side::of(theirs, &their_descent));
+    let (mine, other) = (ours.ancestry(our_tip), theirs.ancestry(their_tip));
     let mut covered = BTreeSet::new();
-    let mut newest: Vec<usize> = Vec::new();
+    let mut newest: Vec<&HeldSnapshot> = Vec::new();
     // Backwards no snapshot comes before one that descends from it.
-    for (at, held) in ours.list.iter().enumerate().rev() {
+    for held in ours.list.iter().rev() {
         let id = held.snapshot.id;
-        if mine.held.contains_key(&id) && other.held.contains_key(&id) && !covered.contains(&id) {
-            covered.extend(ours.ancestry(at).held.into_keys());
-            newest.push(at);
+        if mine.contains(&id) && other.contains(&id) && theirs.holds(id) && !covered.contains(&id) {
+            covered.extend(ours.ancestry(id));
+            newest.push(held);
         }
     }
     let descends = |from: SnapshotId, to: SnapshotId| {
-        [&ours, &theirs]
-            .iter()
-            .any(|side| side.at.get(&to).is_some_and(|&at| side.ancestry(at).held.contains_key(&from)))
+        [&ours, &theirs].iter().any(|side| side.holds(from) && side.holds(to) && side.ancestry(to).contains(&from))
     };
-    let ids: Vec<SnapshotId> = newest.iter().map(|&at| ours.list[at].snapshot.id).collect();
-    newest.retain(|&at| {
-        let id = ours.list[at].snapshot.id;
+    let ids: Vec<SnapshotId> = newest.iter().map(|held| held.snapshot.id).collect();
+    newest.retain(|held| {
+        let id = held.snapshot.id;
         !ids.iter().any(|&later| later != id && descends(id, later))
     });
-    newest.sort_by_key(|&at| ours.list[at].snapshot.id);
-    let mut found = newest.into_iter().rev().map(|at| ours.list[at].clone());
+    newest.sort_by_key(|held| held.snapshot.id);
+    let mut found = newest.into_iter().rev().cloned();
     Some(CommonAncestor { snapshot: found.next()?, further: found.collect() })
 }
 

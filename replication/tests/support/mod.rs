@@ -2,7 +2,8 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use flocker_replication::{
-    divergence::{Receiver, Relation, compare},
+    ancestry::Forgotten,
+    divergence::{Receiver, Relation, Sender, compare},
     message::{Answer, DivergencePolicy, Mode, Offer, PROTOCOL},
 };
 use flocker_storage::{delta::DeltaFormat, model::*};
@@ -73,16 +74,16 @@ pub(crate) fn chain(numbers: &[u128]) -> Vec<HeldSnapshot> {
 }
 
 pub(crate) fn relate(sender: &[HeldSnapshot], receiver: &[HeldSnapshot], head: HeadState, want: u128) -> Relation {
-    let db = record(DB, "db");
+    let (db, none) = (record(DB, "db"), Forgotten::default());
     let receiver = lineage(receiver);
-    let receiver = Receiver { volume: Some(&db), lands_in: db.id, lineage: &receiver, head, elsewhere: &[] };
-    compare(&lineage(sender), &receiver, id(want)).unwrap()
+    let receiver =
+        Receiver { volume: Some(&db), lands_in: db.id, lineage: &receiver, head, elsewhere: &[], forgotten: &none };
+    compare(&Sender { lineage: &lineage(sender), forgotten: &none }, &receiver, id(want)).unwrap()
 }
 
 pub(crate) fn relate_new(sender: &[HeldSnapshot], elsewhere: &[SnapshotKey], want: u128) -> Relation {
-    let none = Lineage::default();
-    let receiver = Receiver { volume: None, lands_in: volume(DB), lineage: &none, head: HeadState::Clean, elsewhere };
-    compare(&lineage(sender), &receiver, id(want)).unwrap()
+    let answer = Answer { elsewhere: elsewhere.to_vec(), ..answer(None) };
+    compare(&Sender::from(&offer(sender, want)), &Receiver::from(&answer), id(want)).unwrap()
 }
 
 pub(crate) fn offer(sender: &[HeldSnapshot], want: u128) -> Offer {
@@ -97,6 +98,7 @@ pub(crate) fn offer(sender: &[HeldSnapshot], want: u128) -> Offer {
         policy: DivergencePolicy::Refuse,
         mode: Mode::Run,
         sender: host("host-a"),
+        forgotten: Forgotten::default(),
     }
 }
 
@@ -111,6 +113,7 @@ pub(crate) fn answer(receiver: Option<&[HeldSnapshot]>) -> Answer {
         formats: vec![DeltaFormat::tree()],
         partial: None,
         receiver: host("host-b"),
+        forgotten: Forgotten::default(),
     }
 }
 

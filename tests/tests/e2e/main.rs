@@ -1,6 +1,7 @@
 //! The real binary with real sockets, from issue to issue: each file is one theme, each test one claim.
 #![allow(clippy::unwrap_used)]
 
+mod ancestry;
 mod api;
 mod backends;
 mod bad_input;

@@ -27,6 +27,7 @@ use uuid::Uuid;
 
 use super::{
     FORMAT_1, FORMAT_2,
+    catalog::StoredSnapshot,
     place::{Place, explain as explain_program},
     subvolume::{self, PROGRAM},
 };
@@ -40,6 +41,7 @@ use crate::{
     },
     error::{Error, ErrorKind, Result},
     model::{SnapshotKey, VolumeId},
+    records::Cache,
 };
 
 /// How long the space of deleted subvolumes is waited for: at open, where an earlier run may have left much, and when
@@ -54,6 +56,7 @@ pub(super) struct Pool {
     attached: Mutex<HashMap<Target, Attachment>>,
     receiving: Mutex<HashSet<VolumeId>>,
     publishing: Mutex<()>,
+    pub(super) records: Cache<StoredSnapshot>,
     deleting: Mutex<Vec<JoinHandle<()>>>,
     // In this order: the lock file is closed before its file system is unmounted.
     _lock: File,
@@ -85,6 +88,7 @@ impl Pool {
             attached: Mutex::default(),
             receiving: Mutex::default(),
             publishing: Mutex::default(),
+            records: Cache::default(),
             deleting: Mutex::default(),
             _lock: lock,
             _place: place,

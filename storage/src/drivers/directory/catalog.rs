@@ -75,8 +75,19 @@ impl Pool {
 
     /// Reads a snapshot's record.
     pub(super) fn stored(&self, operation: &'static str, key: SnapshotKey) -> Result<StoredSnapshot> {
-        read_snapshot(&self.snapshot_dir(key), key.snapshot)
+        self.read_snapshot(&self.snapshot_dir(key), key.snapshot)
             .map_err(|error| error.into_error(operation, format_args!("snapshot {}", key.snapshot)))
+    }
+
+    fn read_snapshot(&self, dir: &Path, id: SnapshotId) -> std::result::Result<StoredSnapshot, RecordError> {
+        let stored: StoredSnapshot = self.records.read("snapshot", &dir.join(SNAPSHOT_RECORD))?;
+        if stored.snapshot.id != id {
+            return Err(RecordError::Damaged(format!("it is the record of snapshot {}", stored.snapshot.id)));
+        }
+        if !dir.join("tree").is_dir() {
+            return Err(RecordError::Damaged("its tree is missing".to_owned()));
+        }
+        Ok(stored)
     }
 
     /// Lists the volume's own snapshots oldest first, and what else lies among them.
@@ -88,7 +99,7 @@ impl Pool {
         };
         for entry in entries {
             let path = entry?.path();
-            match identify::<SnapshotId>(&path).map(|id| read_snapshot(&path, id)) {
+            match identify::<SnapshotId>(&path).map(|id| self.read_snapshot(&path, id)) {
                 Some(Ok(stored)) => snapshots.push(stored),
                 Some(Err(error)) => orphans.push(orphan(&path, format!("its snapshot record: {error}"))),
                 None => orphans.push(orphan(&path, "not named like a snapshot".to_owned())),
@@ -291,17 +302,6 @@ fn read_volume(dir: &Path, id: VolumeId) -> std::result::Result<VolumeRecord, Re
         return Err(RecordError::Damaged(format!("it is the record of volume {}", record.id)));
     }
     Ok(record)
-}
-
-fn read_snapshot(dir: &Path, id: SnapshotId) -> std::result::Result<StoredSnapshot, RecordError> {
-    let stored: StoredSnapshot = records::read("snapshot", &dir.join(SNAPSHOT_RECORD))?;
-    if stored.snapshot.id != id {
-        return Err(RecordError::Damaged(format!("it is the record of snapshot {}", stored.snapshot.id)));
-    }
-    if !dir.join("tree").is_dir() {
-        return Err(RecordError::Damaged("its tree is missing".to_owned()));
-    }
-    Ok(stored)
 }
 
 /// Reads the id that a directory is named by. Only the one spelling that the driver writes counts.

@@ -24,6 +24,7 @@ use std::{
 use rustix::fs as sys;
 use uuid::Uuid;
 
+use super::catalog::StoredSnapshot;
 use crate::{
     delta::DeltaFormat,
     driver::{Capabilities, Target, Usage},
@@ -34,6 +35,7 @@ use crate::{
     },
     error::{Error, ErrorKind, Result},
     model::{SnapshotId, SnapshotKey, VolumeId},
+    records::Cache,
 };
 
 pub(super) use crate::drivers::folder::Attachment;
@@ -45,6 +47,7 @@ pub(super) struct Pool {
     attached: Mutex<HashMap<Target, Attachment>>,
     receiving: Mutex<HashSet<VolumeId>>,
     publishing: Mutex<()>,
+    pub(super) records: Cache<StoredSnapshot>,
     closing: Arc<AtomicBool>,
     deleting: Mutex<Vec<JoinHandle<()>>>,
     _lock: File,
@@ -71,6 +74,7 @@ impl Pool {
             attached: Mutex::default(),
             receiving: Mutex::default(),
             publishing: Mutex::default(),
+            records: Cache::default(),
             closing: Arc::default(),
             deleting: Mutex::default(),
             _lock: lock,

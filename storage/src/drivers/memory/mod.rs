@@ -418,6 +418,8 @@ impl Driver for MemoryDriver {
     }
 
     async fn lineage(&self, volume: VolumeId) -> Result<Lineage> {
+        #[cfg(feature = "simulation")]
+        crate::simulation::noted("lineage");
         self.step(|disk, _| {
             let mut newest_first = Vec::new();
             let (mut at, mut until) = (disk.volume("read lineage of", volume)?, None);
