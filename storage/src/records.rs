@@ -180,6 +180,13 @@ pub fn write<T: Serialize>(kind: &str, dir: &Path, name: &str, body: &T) -> io::
     sync_dir(dir)
 }
 
+/// Writes a record file where nobody looks yet. It is durable only once the caller has synced the file system.
+pub fn stage<T: Serialize>(kind: &str, dir: &Path, name: &str, body: &T) -> io::Result<()> {
+    let bytes = encode(kind, body)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(dir.join(name))?;
+    file.write_all(&bytes)
+}
+
 /// Makes the names in a directory durable.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()

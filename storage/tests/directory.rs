@@ -19,7 +19,7 @@ use std::{
 };
 
 use flocker_storage::{
-    delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest},
+    delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest, Receiving},
     driver::{Access, Driver, SnapshotReport, SnapshotRequest, Target},
     error::{Error, ErrorKind},
     model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, VolumeId, VolumeRecord},
@@ -86,6 +86,26 @@ async fn delta_bytes(driver: &dyn Driver, base: &HeldSnapshot, target: &HeldSnap
         bytes += chunk.len();
     }
     Ok(bytes)
+}
+
+/// Sends a delta from one pool to another, all but the commit.
+async fn arriving(
+    sender: &dyn Driver,
+    receiver: &dyn Driver,
+    volume: &VolumeRecord,
+    base: Option<&HeldSnapshot>,
+    target: &HeldSnapshot,
+) -> Box<dyn Receiving> {
+    let (base, format, compare) = (base.map(HeldSnapshot::key), DeltaFormat::tree(), Compare::Metadata);
+    let (volume, snapshot) = (VolumeRecord { role: Role::Replica, ..volume.clone() }, target.snapshot.clone());
+    let request = ReceiveRequest { volume, snapshot, base, format: format.clone(), resume: None };
+    let mut receiving = receiver.receive(request).await.unwrap();
+    let request = DeltaRequest { base, target: target.key(), format, compare, resume: None };
+    let mut delta = sender.read_delta(request).await.unwrap();
+    while let Some(chunk) = delta.next().await.unwrap() {
+        receiving.write(chunk).await.unwrap();
+    }
+    receiving
 }
 
 fn inodes(tree: &Path) -> BTreeMap<PathBuf, u64> {
@@ -174,7 +194,9 @@ type Tampering = fn(&Path) -> io::Result<()>;
 
 #[tokio::test]
 async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
-    let ways: [(&str, &str, Tampering); 8] = [
+    let ways: [(&str, &str, Tampering); 10] = [
+        ("a", "extended attributes", |tree| set_attribute(&tree.join("a"))),
+        ("sub", "extended attributes", |tree| set_attribute(&tree.join("sub"))),
         ("a", "size", |tree| fs::write(tree.join("a"), "longer than before")),
         ("a", "modification time", |tree| fs::write(tree.join("a"), "A")),
         ("a", "mode", |tree| fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o777))),
@@ -221,8 +243,13 @@ async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
         is_noticed((*driver).clone_from(&clone).await.unwrap_err());
         let three = take(&*driver, volume.id).await;
         assert_eq!(fs::read_to_string(tree(place.path(), &three).join("a")).unwrap(), "1", "{path} {words}");
+        assert_eq!(rustix::fs::getxattr(tree(place.path(), &three).join(path), "user.x", &mut [0; 8]).ok(), None);
         assert!(!tree(place.path(), &three).join("extra").exists());
     }
+}
+
+fn set_attribute(path: &Path) -> io::Result<()> {
+    Ok(rustix::fs::setxattr(path, "user.x", b"y", rustix::fs::XattrFlags::empty())?)
 }
 
 /// Puts back the time of a directory, which the test's own changes moved.
@@ -245,27 +272,7 @@ async fn contents_that_rot_with_all_metadata_intact_are_found_by_reading_at_both
     fs::write(head.join("page"), vec![7; 300_000]).unwrap();
     let taken = take(&*sender, volume.id).await;
     let (receiver, _, _) = volume_in(other.path()).await;
-    let replica = VolumeRecord { role: Role::Replica, ..volume.clone() };
-    let request = ReceiveRequest {
-        volume: replica,
-        snapshot: taken.snapshot.clone(),
-        base: None,
-        format: DeltaFormat::tree(),
-        resume: None,
-    };
-    let mut receiving = receiver.receive(request).await.unwrap();
-    let request = DeltaRequest {
-        base: None,
-        target: taken.key(),
-        format: DeltaFormat::tree(),
-        compare: Compare::Metadata,
-        resume: None,
-    };
-    let mut delta = sender.read_delta(request).await.unwrap();
-    while let Some(chunk) = delta.next().await.unwrap() {
-        receiving.write(chunk).await.unwrap();
-    }
-    let received = receiving.commit().await.unwrap();
+    let received = arriving(&*sender, &*receiver, &volume, None, &taken).await.commit().await.unwrap();
     for (driver, pool, held) in [(&sender, place.path(), &taken), (&receiver, other.path(), &received)] {
         assert_eq!(driver.verify(held.key(), Compare::Contents).await.unwrap(), []);
         rot(&tree(pool, held).join("page"));
@@ -273,6 +280,89 @@ async fn contents_that_rot_with_all_metadata_intact_are_found_by_reading_at_both
         let found = driver.verify(held.key(), Compare::Contents).await.unwrap();
         assert_eq!((found.len(), found[0].path.as_str()), (1, "page"), "{found:?}");
     }
+}
+
+#[tokio::test]
+async fn what_arrived_is_not_read_again_for_its_inventory() {
+    let (place, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (sender, volume, head) = volume_in(place.path()).await;
+    fs::write(head.join("large"), vec![7; 20 << 20]).unwrap();
+    fs::write(head.join("no-bytes"), "").unwrap();
+    let one = take(&*sender, volume.id).await;
+    fs::write(head.join("large"), vec![8; 20 << 20]).unwrap();
+    fs::write(head.join("new"), vec![9; 20 << 20]).unwrap();
+    let two = take(&*sender, volume.id).await;
+    let receiver = support::open(other.path()).await.unwrap();
+    let mut base = None;
+    for target in [&one, &two] {
+        let receiving = arriving(&*sender, &*receiver, &volume, base, target).await;
+        let before = read_so_far();
+        assert_eq!(receiving.commit().await.unwrap(), *target);
+        let read = read_so_far() - before;
+        assert!(read < 1 << 20, "{read} bytes were read to commit");
+        assert_eq!(receiver.verify(target.key(), Compare::Contents).await.unwrap(), []);
+        base = Some(target);
+    }
+    rot(&tree(other.path(), &two).join("new"));
+    assert_eq!(receiver.verify(two.key(), Compare::Contents).await.unwrap().len(), 1, "its digest was kept");
+}
+
+#[tokio::test]
+async fn groups_that_form_and_part_among_unchanged_files_arrive_and_can_be_passed_on() {
+    let places = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let (sender, volume, head) = volume_in(places[0].path()).await;
+    for name in ["alone", "first", "joined", "z-parted"] {
+        fs::write(head.join(name), name).unwrap();
+    }
+    fs::hard_link(head.join("first"), head.join("second")).unwrap();
+    fs::hard_link(head.join("first"), head.join("third")).unwrap();
+    fs::hard_link(head.join("z-parted"), head.join("a-parted")).unwrap();
+    let one = take(&*sender, volume.id).await;
+    fs::hard_link(head.join("joined"), head.join("a-joined")).unwrap();
+    fs::hard_link(head.join("alone"), head.join("z-alone")).unwrap();
+    fs::remove_file(head.join("first")).unwrap();
+    fs::remove_file(head.join("a-parted")).unwrap();
+    let two = take(&*sender, volume.id).await;
+    let three = take(&*sender, volume.id).await;
+
+    let receiver = support::open(places[1].path()).await.unwrap();
+    for (base, target) in [(None, &one), (Some(&one), &two), (Some(&two), &three)] {
+        let receiving = arriving(&*sender, &*receiver, &volume, base, target).await;
+        assert_eq!(receiving.commit().await.unwrap(), *target);
+        assert_eq!(receiver.verify(target.key(), Compare::Contents).await.unwrap(), []);
+    }
+    let last = support::open(places[2].path()).await.unwrap();
+    arriving(&*receiver, &*last, &volume, None, &three).await.commit().await.unwrap();
+
+    let wanted = [("a-joined", "joined"), ("alone", "z-alone"), ("second", "third"), ("z-parted", "z-parted")];
+    let found = inodes(&tree(places[2].path(), &three));
+    let names: Vec<_> = found.keys().map(|path| path.to_str().unwrap()).collect();
+    assert_eq!(names, ["a-joined", "alone", "joined", "second", "third", "z-alone", "z-parted"]);
+    for (one, other) in wanted {
+        assert_eq!(found[Path::new(one)], found[Path::new(other)], "{one} and {other}");
+    }
+    assert_eq!(found.values().collect::<std::collections::BTreeSet<_>>().len(), 4, "{found:?}");
+}
+
+#[tokio::test]
+async fn a_base_that_was_changed_is_refused_and_leaves_the_receiver_as_it_was() {
+    let (place, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (sender, volume, head) = volume_in(place.path()).await;
+    fs::write(head.join("a"), "1").unwrap();
+    fs::write(head.join("z"), "1").unwrap();
+    let one = take(&*sender, volume.id).await;
+    fs::write(head.join("b"), "2").unwrap();
+    let two = take(&*sender, volume.id).await;
+    let receiver = support::open(other.path()).await.unwrap();
+    arriving(&*sender, &*receiver, &volume, None, &one).await.commit().await.unwrap();
+    set_attribute(&tree(other.path(), &one).join("z")).unwrap();
+    let (snapshot, base, format) = (two.snapshot.clone(), Some(one.key()), DeltaFormat::tree());
+    let request = ReceiveRequest { volume: volume.clone(), snapshot, base, format, resume: None };
+    let refused = receiver.receive(request).await.err().unwrap();
+    assert!(matches!(refused.kind, ErrorKind::Tampered { ref path, .. } if path == Path::new("z")), "{refused:?}");
+    assert_eq!(receiver.lineage(volume.id).await.unwrap().snapshots.len(), 1);
+    drop(receiver);
+    assert_eq!(fs::read_dir(other.path().join("staging")).unwrap().count(), 0);
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Files for volumes: the same seed makes the same bytes.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{Seek, SeekFrom, Write},
     path::Path,
@@ -50,17 +51,37 @@ pub fn write_small_files(folder: &Path, seed: u64, count: u32, up_to: usize) {
     }
 }
 
-/// Overwrites `count` blocks of 4 KiB of a file at random places.
-pub fn scribble(path: &Path, seed: u64, count: u32) {
+/// Writes a file of which half compresses away: 4 KiB of noise and 4 KiB of text in turn.
+pub fn write_half_random(path: &Path, seed: u64, bytes: u64) {
+    const PART: usize = 4096;
+    let mut random = random(seed);
+    let mut file = fs::File::create(path).unwrap_or_else(|error| panic!("create {}: {error}", path.display()));
+    let text = b"the quick brown fox jumps over the lazy dog; ";
+    let mut block: Vec<u8> = text.iter().copied().cycle().take(16 * PART).collect();
+    let mut left = bytes;
+    while left > 0 {
+        block.chunks_mut(PART).step_by(2).for_each(|part| random.fill_bytes(part));
+        let part = left.min(block.len() as u64) as usize;
+        file.write_all(&block[..part]).expect("write a test file");
+        left -= part as u64;
+    }
+}
+
+/// Overwrites `count` blocks of 4 KiB of a file at random places. Returns how many different ones they were.
+pub fn scribble(path: &Path, seed: u64, count: u32) -> u64 {
     let mut random = random(seed);
     let mut file = fs::File::options().write(true).open(path).expect("open a file to change");
     let blocks = (file.metadata().expect("stat").len() / 4096).max(1);
     let mut block = [0; 4096];
+    let mut changed = BTreeSet::new();
     for _ in 0..count {
         random.fill_bytes(&mut block);
-        file.seek(SeekFrom::Start(random.random_range(0..blocks) * 4096)).expect("seek");
+        let number = random.random_range(0..blocks);
+        changed.insert(number);
+        file.seek(SeekFrom::Start(number * 4096)).expect("seek");
         file.write_all(&block).expect("overwrite a block");
     }
+    changed.len() as u64
 }
 
 /// Fills a folder with a small ordinary tree: text, folders, links, a mode, about `kibibytes` in all.

@@ -24,6 +24,7 @@ use rustix::{
 };
 
 use super::{
+    arrivals::Arrivals,
     builder::{Builder, Origin},
     data::{self, Reflinks},
     entry::{Metadata, Status},
@@ -52,12 +53,14 @@ pub enum Sharing {
 }
 
 /// What was made.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Applied {
     /// The target's totals, as the sender counted them.
     pub summary: Summary,
     /// What could not be kept, and why.
     pub findings: Vec<Finding>,
+    /// What is known of the files that were written, where that was asked for.
+    pub arrivals: Option<Arrivals>,
 }
 
 /// Called with each place the stream can be resumed at, once all before it is durable.
@@ -84,6 +87,8 @@ pub struct Applier {
     reflinks: Reflinks,
     left_out: bool,
     summary: Summary,
+    arrivals: Option<Arrivals>,
+    contents: blake3::Hasher,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +108,6 @@ struct Level {
 /// The file whose data is arriving.
 struct OpenFile {
     fd: OwnedFd,
-    name: Vec<u8>,
     path: TreePath,
     metadata: Metadata,
     origin: Origin,
@@ -112,6 +116,14 @@ struct OpenFile {
     written: u64,
     /// The length of the file now.
     length: u64,
+    /// How much of it, from its beginning on, went into the hash of its contents; `None` where that is not all of it.
+    hashed: Option<u64>,
+}
+
+impl OpenFile {
+    fn name(&self) -> &[u8] {
+        self.path.name()
+    }
 }
 
 impl Applier {
@@ -141,7 +153,16 @@ impl Applier {
             reflinks: Reflinks::Untried,
             left_out: false,
             summary: Summary::default(),
+            arrivals: None,
+            contents: blake3::Hasher::new(),
         })
+    }
+
+    /// Takes down what is known of each file when it is written.
+    #[must_use]
+    pub fn noting(mut self, arrivals: Arrivals) -> Self {
+        self.arrivals = Some(arrivals);
+        self
     }
 
     /// Takes the next bytes.
@@ -159,12 +180,20 @@ impl Applier {
     }
 
     /// Checks that the stream was complete, and makes all of it durable.
-    pub fn finish(mut self) -> Result<Applied> {
+    pub fn finish(self) -> Result<Applied> {
+        let root = self.builder.root().try_clone()?;
+        let applied = self.complete()?;
+        root.sync()?;
+        Ok(applied)
+    }
+
+    /// Checks that the stream was complete. What it made is durable only once the caller has synced the file system.
+    pub fn complete(mut self) -> Result<Applied> {
         if self.state != State::Ended {
             return Err(self.corrupt("the stream is truncated"));
         }
-        self.sync()?;
-        Ok(Applied { summary: self.summary, findings: self.builder.take_findings() })
+        let findings = self.builder.take_findings();
+        Ok(Applied { summary: self.summary, findings, arrivals: self.arrivals })
     }
 
     fn take(&mut self, mut bytes: &[u8]) -> Result<()> {
@@ -264,7 +293,7 @@ impl Applier {
             Record::HardLink { to, .. } => self.hard_link(&path, name, &to)?,
             _ => self.builder.clear(name)?,
         }
-        self.advance(path, None);
+        self.advance(&path, None);
         Ok(())
     }
 
@@ -328,6 +357,9 @@ impl Applier {
             return Err(self.corrupt_at(name, "it is another name of an entry that is not there"));
         };
         if self.builder.link(parent.as_fd(), to.name(), name)? {
+            if let Some(arrivals) = &mut self.arrivals {
+                arrivals.further_name(to);
+            }
             return Ok(());
         }
         let why = format!("the file system allows no further name of {to}");
@@ -342,22 +374,25 @@ impl Applier {
         basis: Basis,
         from: Option<u64>,
     ) -> Result<()> {
-        let name = path.name().to_vec();
+        let name = path.name();
         let is_resumed = self.resume.as_ref().is_some_and(|resume| resume.path == path && resume.inside == from);
         let (fd, origin) = match (from, basis) {
-            (Some(_), _) if !is_resumed => return Err(self.corrupt_at(&name, "it goes on where it was not left")),
-            (Some(from), _) => (self.continue_file(&path, &name, from)?, Origin::Existing),
-            (None, Basis::Fresh) => (self.builder.create_file(&name)?, Origin::Fresh),
-            (None, Basis::Existing) => self.take_base(&path, &name)?,
+            (Some(_), _) if !is_resumed => return Err(self.corrupt_at(name, "it goes on where it was not left")),
+            (Some(from), _) => (self.continue_file(&path, name, from)?, Origin::Existing),
+            (None, Basis::Fresh) => (self.builder.create_file(name, &metadata)?, Origin::Fresh),
+            (None, Basis::Existing) => self.take_base(&path, name, &metadata)?,
         };
-        let length = if (from, basis) == (None, Basis::Fresh) { 0 } else { self.length(&fd, &name)? };
+        let is_new = (from, basis) == (None, Basis::Fresh);
+        let length = if is_new { 0 } else { self.length(&fd, name)? };
         let written = from.unwrap_or(0);
-        let mut file = OpenFile { fd, name, path, metadata, origin, size, written, length };
+        let hashed = (is_new && self.arrivals.is_some()).then_some(0);
+        self.contents.reset();
+        let mut file = OpenFile { fd, path, metadata, origin, size, written, length, hashed };
         if file.length > size || (from.is_none() && file.length > 0) {
             // To its size at once, so that what the base has behind it reads as a hole when it grows again.
             self.resize(&mut file)?;
         }
-        self.advance(file.path.clone(), Some(written));
+        self.advance(&file.path, Some(written));
         self.file = Some(file);
         Ok(())
     }
@@ -387,7 +422,7 @@ impl Applier {
     }
 
     /// Opens a file that holds what the base has at the path and that nothing else shares.
-    fn take_base(&mut self, path: &TreePath, name: &[u8]) -> Result<(OwnedFd, Origin)> {
+    fn take_base(&mut self, path: &TreePath, name: &[u8], metadata: &Metadata) -> Result<(OwnedFd, Origin)> {
         let is = self.builder.status(name)?.filter(|is| is.file_type == FileType::RegularFile);
         if self.sharing == Sharing::Exclusive && is.is_some_and(|is| is.stat.nlink == 1) {
             return Ok((self.builder.open_file(name)?, Origin::Existing));
@@ -403,7 +438,7 @@ impl Applier {
             if found.file_type != FileType::RegularFile {
                 return Err(self.no_base(name));
             }
-            let to = self.builder.create_file(name)?;
+            let to = self.builder.create_file(name, metadata)?;
             self.copy(&from, &to, found.stat.size, name)?;
             return Ok((to, Origin::Fresh));
         }
@@ -438,7 +473,11 @@ impl Applier {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut file = self.piece(offset, bytes.len() as u64)?;
         data::write_at(file.fd.as_fd(), bytes, offset)
-            .map_err(|error| self.builder.error("write", &file.name, error))?;
+            .map_err(|error| self.builder.error("write", file.name(), error))?;
+        if file.hashed == Some(offset) {
+            self.contents.update(bytes);
+            file.hashed = Some(offset + bytes.len() as u64);
+        }
         file.written = offset + bytes.len() as u64;
         file.length = file.length.max(file.written);
         self.wrote(file);
@@ -447,7 +486,8 @@ impl Applier {
 
     fn hole(&mut self, offset: u64, length: u64) -> Result<()> {
         let mut file = self.piece(offset, length)?;
-        data::punch(file.fd.as_fd(), offset, length).map_err(|error| self.builder.error("write", &file.name, error))?;
+        data::punch(file.fd.as_fd(), offset, length)
+            .map_err(|error| self.builder.error("write", file.name(), error))?;
         file.written = offset + length;
         self.wrote(file);
         Ok(())
@@ -457,14 +497,15 @@ impl Applier {
     fn piece(&mut self, offset: u64, length: u64) -> Result<OpenFile> {
         let Some(file) = self.file.take() else { return Err(self.corrupt("data comes without a file")) };
         if offset < file.written {
-            return Err(self.corrupt_at(&file.name, "its data is out of order"));
+            return Err(self.corrupt_at(file.name(), "its data is out of order"));
         }
         if offset.checked_add(length).is_none_or(|end| end > file.size) {
-            return Err(self.corrupt_at(&file.name, "its data lies behind its end"));
+            return Err(self.corrupt_at(file.name(), "its data lies behind its end"));
         }
         Ok(file)
     }
 
+    /// Puts the open file back.
     fn wrote(&mut self, file: OpenFile) {
         if let Some(position) = &mut self.position
             && position.path == file.path
@@ -477,15 +518,19 @@ impl Applier {
     fn close_file(&mut self) -> Result<()> {
         let Some(mut file) = self.file.take() else { return Ok(()) };
         self.resize(&mut file)?;
-        self.builder.finish_file(&file.fd, &file.name, &file.metadata, file.origin)?;
-        self.advance(file.path, None);
+        self.builder.finish_file(&file.fd, file.name(), &file.metadata, file.origin)?;
+        self.advance(&file.path, None);
+        if let Some(arrivals) = &mut self.arrivals {
+            let digest = (file.hashed == Some(file.size)).then(|| *self.contents.finalize().as_bytes());
+            arrivals.file(self.builder.entry_of(&file.fd, file.path)?, digest)?;
+        }
         Ok(())
     }
 
     fn resize(&self, file: &mut OpenFile) -> Result<()> {
         if file.length != file.size {
             rustix::fs::ftruncate(&file.fd, file.size)
-                .map_err(|error| self.builder.error("write", &file.name, error))?;
+                .map_err(|error| self.builder.error("write", file.name(), error))?;
             file.length = file.size;
         }
         Ok(())
@@ -497,9 +542,14 @@ impl Applier {
     }
 
     /// Notes how far the stream is; directories that are announced again after a break do not count.
-    fn advance(&mut self, path: TreePath, inside: Option<u64>) {
-        if self.position.as_ref().is_none_or(|position| position.path <= path) {
-            self.position = Some(Position { path, inside });
+    fn advance(&mut self, path: &TreePath, inside: Option<u64>) {
+        match &mut self.position {
+            None => self.position = Some(Position { path: path.clone(), inside }),
+            Some(position) if position.path <= *path => {
+                position.path.clone_from(path);
+                position.inside = inside;
+            }
+            Some(_) => {}
         }
     }
 
@@ -515,13 +565,8 @@ impl Applier {
         self.verify(digest)?;
         let Some(position) = &self.position else { return Ok(()) };
         let point = position.to_point()?;
-        self.sync()?;
+        self.builder.root().sync()?;
         (self.on_checkpoint)(point)
-    }
-
-    fn sync(&self) -> Result<()> {
-        let root = self.builder.root();
-        rustix::fs::syncfs(root).map_err(|error| Error::io("make durable", root.path().display(), error))
     }
 
     fn show(&self, name: &[u8]) -> String {

@@ -18,6 +18,9 @@ const BLOCK: usize = 4096;
 /// Smaller files are read: asking for their extents costs as much.
 const WORTH_ASKING: u64 = 1024 * 1024;
 
+/// The smallest block of any file system, in bytes: a hole is one at least, or the last, cut one.
+const SMALLEST_BLOCK: usize = 512;
+
 /// One version of a file.
 #[derive(Debug)]
 pub(super) struct Version {
@@ -100,6 +103,13 @@ impl Blocks {
         if self.offset >= self.target.size {
             return Ok(Found::End);
         }
+        if self.offset == 0
+            && !self.target.known
+            && self.target.size <= DATA_LIMIT as u64
+            && let Some(found) = self.small()?
+        {
+            return Ok(found);
+        }
         let (data_start, data_end) = self.target.data(self.offset)?;
         if data_start > self.offset {
             return self.hole(data_start.min(self.target.size));
@@ -132,6 +142,26 @@ impl Blocks {
         self.base_window.resize(count, 0);
         let count = read_at(base.file.as_fd(), &mut self.base_window, start)?;
         Ok(self.compare(start, 0, count))
+    }
+
+    /// Reads a file of one window without asking where its holes are. `None`: there may be some.
+    fn small(&mut self) -> Result<Option<Found>, Errno> {
+        let size = self.target.size as usize;
+        self.window.resize(size, 0);
+        if read_at(self.target.file.as_fd(), &mut self.window, 0)? < size {
+            return Err(Errno::STALE);
+        }
+        if self.window.chunks(SMALLEST_BLOCK).any(|block| block.iter().all(|byte| *byte == 0)) {
+            return Ok(None);
+        }
+        self.offset = self.target.size;
+        let Some(base) = self.base.as_ref().filter(|base| base.size > 0) else {
+            return Ok(Some(Found::Data(0, 0..size)));
+        };
+        // Where the base has a hole the target has none, so what is read there differs.
+        self.base_window.resize(size.min(base.size as usize), 0);
+        let count = read_at(base.file.as_fd(), &mut self.base_window, 0)?;
+        Ok(Some(self.compare(0, 0, count)))
     }
 
     /// The target has a hole from here to `end`.

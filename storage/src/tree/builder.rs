@@ -12,7 +12,7 @@ use rustix::{
 };
 
 use super::{
-    entry::{EntryKind, Metadata, Status, Time},
+    entry::{Entry, EntryKind, Metadata, Status, Time},
     findings::Findings,
     path::TreePath,
     root::{DirStack, Root, open_entry},
@@ -205,13 +205,15 @@ impl Builder {
         }
     }
 
-    /// Makes an empty file in place of whatever is at the name.
-    pub(super) fn create_file(&mut self, name: &[u8]) -> Result<OwnedFd> {
+    /// Makes an empty file in place of whatever is at the name, with the rights of the mode it will have, so that most
+    /// files need no further call for them; but one that is to get attributes must be open to its owner for that.
+    pub(super) fn create_file(&mut self, name: &[u8], metadata: &Metadata) -> Result<OwnedFd> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut made = rustix::fs::openat(self.dirs.top()?, name, flags, FRESH_FILE);
+        let rights = if metadata.xattrs.is_empty() { Mode::from_raw_mode(metadata.mode & 0o777) } else { FRESH_FILE };
+        let mut made = rustix::fs::openat(self.dirs.top()?, name, flags, rights);
         if matches!(made, Err(Errno::EXIST)) {
             self.clear(name)?;
-            made = rustix::fs::openat(self.dirs.top()?, name, flags, FRESH_FILE);
+            made = rustix::fs::openat(self.dirs.top()?, name, flags, rights);
         }
         made.map_err(|error| self.error("create", name, error))
     }
@@ -265,7 +267,8 @@ impl Builder {
         }
     }
 
-    /// Gives a file its owner, attributes, mode and times; its data must be complete.
+    /// Gives a file its owner, attributes, mode and times; its data must be complete. What a fresh file has already is not
+    /// set again: each such call is a transaction of the file system.
     pub(super) fn finish_file(
         &mut self,
         file: &OwnedFd,
@@ -273,6 +276,13 @@ impl Builder {
         metadata: &Metadata,
         origin: Origin,
     ) -> Result<()> {
+        if origin == Origin::Fresh && metadata.xattrs.is_empty() {
+            let is = self.status_of(file, name)?;
+            if (is.uid, is.gid, is.mode) == (metadata.uid, metadata.gid, metadata.mode) {
+                let set = rustix::fs::futimens(file, &times(metadata.mtime));
+                return set.map_err(|error| self.error("set metadata of", name, error));
+            }
+        }
         let owned = rustix::fs::fchown(file, owner(metadata).0, owner(metadata).1);
         let keeps_owner = self.owner_was_set(name, owned, metadata, file)?;
         if !metadata.xattrs.is_empty() || origin == Origin::Existing {
@@ -283,6 +293,21 @@ impl Builder {
         let set = rustix::fs::fchmod(file, mode(metadata, keeps_owner))
             .and_then(|()| rustix::fs::futimens(file, &times(metadata.mtime)));
         set.map_err(|error| self.error("set metadata of", name, error))
+    }
+
+    /// Returns what an open file is.
+    pub(super) fn status_of(&self, file: &OwnedFd, name: &[u8]) -> Result<Status> {
+        let found = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS);
+        found.map(Status::from).map_err(|error| self.error("read", name, error))
+    }
+
+    /// Returns the entry that a file of the directory on top has become.
+    pub(super) fn entry_of(&mut self, file: &OwnedFd, path: TreePath) -> Result<Entry> {
+        let Status { mode, uid, gid, stat, .. } = self.status_of(file, path.name())?;
+        let xattrs = self.reader.read_open(file.as_fd());
+        let xattrs = xattrs.map_err(|error| self.error("read extended attributes of", path.name(), error))?;
+        let kind = EntryKind::File { size: stat.size };
+        Ok(Entry { path, kind, mode, uid, gid, mtime: stat.mtime, xattrs, stat })
     }
 
     /// Gives a fresh symbolic link, fifo or device its owner, attributes, mode and times.

@@ -15,7 +15,7 @@ use super::{
     data::{self, Reflinks},
     entry::{Entry, EntryKind, Metadata, Status},
     path::TreePath,
-    root::Root,
+    root::{Nearby, Root},
     xattr::XattrReader,
 };
 use crate::{
@@ -62,12 +62,21 @@ pub struct Copier {
     builder: Builder,
     reader: XattrReader,
     reflinks: Reflinks,
+    /// Where entries are copied from, and where they are linked from.
+    copied_from: Nearby,
+    linked_from: Nearby,
 }
 
 impl Copier {
     /// Starts in an existing directory.
     pub fn new(dest: Root) -> Self {
-        Self { builder: Builder::new(dest), reader: XattrReader::new(), reflinks: Reflinks::Untried }
+        Self {
+            builder: Builder::new(dest),
+            reader: XattrReader::new(),
+            reflinks: Reflinks::Untried,
+            copied_from: Nearby::default(),
+            linked_from: Nearby::default(),
+        }
     }
 
     /// Copies one entry of the tree `source`, which may be in use. A hard link is made within the destination. The
@@ -105,9 +114,9 @@ impl Copier {
             return Err(Error::new("link", &entry.path, ErrorKind::Unsupported("a directory has one name".into())));
         }
         self.stand(&entry.path)?;
-        let parent = from.open_parent(&entry.path)?;
+        let parent = self.linked_from.parent(from, &entry.path)?;
         let name = entry.path.name();
-        if self.builder.link(parent.as_fd(), name, name)? { Ok(How::Linked) } else { Ok(self.copy(from, entry)?.how) }
+        if self.builder.link(parent, name, name)? { Ok(How::Linked) } else { Ok(self.copy(from, entry)?.how) }
     }
 
     /// Leaves all directories. Returns what could not be kept, and why.
@@ -123,7 +132,7 @@ impl Copier {
             return Err(orphan(path));
         }
         self.builder.leave_to(level)?;
-        if path.parent().is_some_and(|parent| parent != *self.builder.path()) {
+        if path.parent_bytes().is_some_and(|parent| parent != self.builder.path().as_bytes()) {
             return Err(orphan(path));
         }
         Ok(())
@@ -153,7 +162,8 @@ impl Copier {
         };
         let mut taken = entry.clone();
         for attempt in 1..=ATTEMPTS {
-            let from = match source.open_beneath(&entry.path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+            let from = match self.copied_from.open(source, &entry.path, flags) {
                 Ok(from) => from,
                 Err(Error { kind: ErrorKind::Io(error), .. }) if is_gone(&error) => {
                     return gone(self, "it vanished before it was copied");
@@ -165,7 +175,7 @@ impl Copier {
                 return gone(self, "it stopped being a file before it was copied");
             }
             self.refresh(&mut taken, &before, &from, source)?;
-            let to = self.builder.create_file(name)?;
+            let to = self.builder.create_file(name, &Metadata::from(&taken))?;
             let shared = before.stat.size > 0 && self.share(&from, &to, name)?;
             let digest = if shared {
                 None

@@ -1,11 +1,12 @@
 //! A tree's inventory: every entry in walk order, in one append-only file.
 //!
 //! Layout: the magic text, then records of u32 little-endian length, postcard bytes, and the first 8 bytes of their
-//! BLAKE3. The last record holds the count, so a file that was cut is noticed. Read and written as a stream.
+//! BLAKE3. The last record holds the count, so a file that was cut is noticed. Read and written as a stream, through
+//! buffers that are kept from one entry to the next. Refuses to make anything durable: whoever publishes it does.
 
 use std::{
     fs::File,
-    io::{BufReader, BufWriter, Read as _, Write as _},
+    io::{BufReader, BufWriter, Read as _, Seek as _, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -37,9 +38,17 @@ pub struct InventoryEntry {
     pub digest: Option<[u8; 32]>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "all but one of the values are the large one, and none is kept")]
 enum Record {
-    Entry(Box<InventoryEntry>),
+    Entry(InventoryEntry),
+    End { entries: u64 },
+}
+
+/// A [`Record`] to be written, with the same bytes.
+#[derive(Serialize)]
+enum RecordRef<'a> {
+    Entry(&'a InventoryEntry),
     End { entries: u64 },
 }
 
@@ -48,42 +57,56 @@ enum Record {
 pub struct InventoryWriter {
     out: BufWriter<File>,
     path: PathBuf,
-    last: Option<TreePath>,
+    /// The path added last, once there are entries.
+    last: TreePath,
     entries: u64,
+    body: Vec<u8>,
 }
 
 impl InventoryWriter {
     /// Creates the file, which must not exist, with mode 0600.
     pub fn create(path: &Path) -> Result<Self> {
         use std::os::unix::fs::OpenOptionsExt as _;
-        let file = File::options().write(true).create_new(true).mode(0o600).open(path);
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|error| Error::io("create inventory", path.display(), error))?;
-        let mut writer =
-            Self { out: BufWriter::with_capacity(64 * 1024, file), path: path.to_owned(), last: None, entries: 0 };
+        let out = BufWriter::with_capacity(64 * 1024, file);
+        let mut writer = Self { out, path: path.to_owned(), last: TreePath::root(), entries: 0, body: Vec::new() };
         writer.put(MAGIC)?;
         Ok(writer)
     }
 
     /// Adds the next entry in walk order.
-    pub fn add(&mut self, entry: InventoryEntry) -> Result<()> {
-        if self.last.as_ref().is_some_and(|last| *last >= entry.entry.path) {
+    pub fn add(&mut self, entry: &InventoryEntry) -> Result<()> {
+        if self.entries > 0 && self.last >= entry.entry.path {
             let why = format!("{} is out of order", entry.entry.path);
             return Err(Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(why)));
         }
-        self.last = Some(entry.entry.path.clone());
+        self.last.clone_from(&entry.entry.path);
         self.entries += 1;
-        self.record(&Record::Entry(Box::new(entry)))
+        self.record(&RecordRef::Entry(entry))
     }
 
-    /// Ends the inventory and makes it durable.
+    /// Ends the inventory. It is whole, but not durable yet.
     pub fn finish(mut self) -> Result<()> {
-        self.record(&Record::End { entries: self.entries })?;
-        let synced = self.out.flush().and_then(|()| self.out.get_ref().sync_all());
-        synced.map_err(|error| Error::io("write inventory", self.path.display(), error))
+        self.record(&RecordRef::End { entries: self.entries })?;
+        self.out.flush().map_err(|error| Error::io("write inventory", self.path.display(), error))
     }
 
-    fn record(&mut self, record: &Record) -> Result<()> {
-        let body = postcard::to_stdvec(record).map_err(|error| {
+    /// Ends the inventory and reads it back, whether it still has a name or not.
+    pub(super) fn into_reader(mut self) -> Result<InventoryReader> {
+        self.record(&RecordRef::End { entries: self.entries })?;
+        let Self { out, path, .. } = self;
+        let file = out.into_inner().map_err(std::io::IntoInnerError::into_error).and_then(|mut file| {
+            file.rewind()?;
+            Ok(file)
+        });
+        InventoryReader::of(file.map_err(|error| Error::io("write inventory", path.display(), error))?, &path)
+    }
+
+    fn record(&mut self, record: &RecordRef<'_>) -> Result<()> {
+        let mut body = std::mem::take(&mut self.body);
+        body.clear();
+        let body = postcard::to_extend(record, body).map_err(|error| {
             Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(error.to_string()))
         })?;
         if body.len() > RECORD_LIMIT {
@@ -92,7 +115,9 @@ impl InventoryWriter {
         }
         self.put(&(body.len() as u32).to_le_bytes())?;
         self.put(&body)?;
-        self.put(&blake3::hash(&body).as_bytes()[..CHECK_LENGTH])
+        self.put(&blake3::hash(&body).as_bytes()[..CHECK_LENGTH])?;
+        self.body = body;
+        Ok(())
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
@@ -105,17 +130,24 @@ impl InventoryWriter {
 pub struct InventoryReader {
     input: BufReader<File>,
     path: PathBuf,
-    last: Option<TreePath>,
+    /// The path read last, once there were entries.
+    last: TreePath,
     entries: u64,
     ended: bool,
+    body: Vec<u8>,
 }
 
 impl InventoryReader {
     /// Opens an inventory.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io("open inventory", path.display(), error))?;
+        Self::of(file, path)
+    }
+
+    fn of(file: File, path: &Path) -> Result<Self> {
         let input = BufReader::with_capacity(64 * 1024, file);
-        let mut reader = Self { input, path: path.to_owned(), last: None, entries: 0, ended: false };
+        let (path, last) = (path.to_owned(), TreePath::root());
+        let mut reader = Self { input, path, last, entries: 0, ended: false, body: Vec::new() };
         let mut magic = [0; MAGIC.len()];
         reader.fill(&mut magic)?;
         if magic != MAGIC { Err(reader.corrupt("it is not an inventory")) } else { Ok(reader) }
@@ -139,21 +171,24 @@ impl InventoryReader {
         if length > RECORD_LIMIT {
             return Err(self.corrupt("a record is too long"));
         }
-        let mut body = vec![0; length];
+        let mut body = std::mem::take(&mut self.body);
+        body.resize(length, 0);
         self.fill(&mut body)?;
         let mut check = [0; CHECK_LENGTH];
         self.fill(&mut check)?;
         if blake3::hash(&body).as_bytes()[..CHECK_LENGTH] != check {
             return Err(self.corrupt("a checksum differs"));
         }
-        match postcard::from_bytes(&body).map_err(|_| self.corrupt("a record cannot be read"))? {
+        let record = postcard::from_bytes(&body).map_err(|_| self.corrupt("a record cannot be read"))?;
+        self.body = body;
+        match record {
             Record::Entry(entry) => {
-                if self.last.as_ref().is_some_and(|last| *last >= entry.entry.path) {
+                if self.entries > 0 && self.last >= entry.entry.path {
                     return Err(self.corrupt("its entries are out of order"));
                 }
-                self.last = Some(entry.entry.path.clone());
+                self.last.clone_from(&entry.entry.path);
                 self.entries += 1;
-                Ok(Some(*entry))
+                Ok(Some(entry))
             }
             Record::End { entries } if entries == self.entries => {
                 match self
@@ -210,7 +245,7 @@ mod tests {
         let path = folder.join("inventory");
         let entries: Vec<_> = ["", "a", "a/b", "a!"].map(entry).into();
         let mut writer = InventoryWriter::create(&path).unwrap();
-        entries.iter().for_each(|entry| writer.add(entry.clone()).unwrap());
+        entries.iter().for_each(|entry| writer.add(entry).unwrap());
         writer.finish().unwrap();
         (path, entries)
     }
@@ -246,8 +281,8 @@ mod tests {
     fn entries_out_of_order_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = InventoryWriter::create(&folder.path().join("i")).unwrap();
-        writer.add(entry("b")).unwrap();
-        assert!(writer.add(entry("a")).is_err());
-        assert!(writer.add(entry("b")).is_err());
+        writer.add(&entry("b")).unwrap();
+        assert!(writer.add(&entry("a")).is_err());
+        assert!(writer.add(&entry("b")).is_err());
     }
 }

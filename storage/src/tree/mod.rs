@@ -2,11 +2,13 @@
 //!
 //! # Participants
 //! [`root`] and [`path`] name and open things beneath a root; [`walk`] yields [`entry`] values in one order;
-//! [`copy`] makes entries elsewhere; [`inventory`] keeps them in a file. All calls block: callers use a blocking thread.
+//! [`copy`] makes entries elsewhere; [`inventory`] keeps them in a file, [`witness`] holds a tree against it. All calls
+//! block: callers use a blocking thread.
 //! # Non-goals
 //! Volumes, pools and peers: a tree is a directory and what is in it.
 
 pub mod apply;
+pub mod arrivals;
 mod blocks;
 mod builder;
 pub mod compose;
@@ -26,5 +28,6 @@ mod target;
 pub mod walk;
 pub mod weave;
 mod wire;
+pub mod witness;
 pub mod write;
 mod xattr;

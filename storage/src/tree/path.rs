@@ -18,8 +18,18 @@ pub const PATH_LIMIT: usize = 32 * 1024;
 /// A path relative to a tree's root, its names joined by `/`; empty for the root itself.
 ///
 /// The order is that of a walk: a directory, then what is in it, names by their bytes.
-#[derive(Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Default, PartialEq, Eq, Hash)]
 pub struct TreePath(Vec<u8>);
+
+impl Clone for TreePath {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+
+    fn clone_from(&mut self, source: &Self) {
+        self.0.clone_from(&source.0);
+    }
+}
 
 impl TreePath {
     /// Returns the path of the tree's root.
@@ -76,16 +86,22 @@ impl TreePath {
 
     /// Returns the directory the entry lies in; `None` for the root.
     pub fn parent(&self) -> Option<Self> {
+        self.parent_bytes().map(|parent| Self(parent.to_vec()))
+    }
+
+    /// Returns the path of the directory the entry lies in, as bytes; `None` for the root.
+    pub(super) fn parent_bytes(&self) -> Option<&[u8]> {
         if self.0.is_empty() {
             return None;
         }
         let end = self.0.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
-        Some(Self(self.0[..end].to_vec()))
+        Some(&self.0[..end])
     }
 
     /// Returns the path of an entry of this directory.
     pub fn child(&self, name: &[u8]) -> Result<Self> {
-        let mut path = self.clone();
+        let mut path = Self(Vec::with_capacity(self.0.len() + 1 + name.len()));
+        path.0.extend_from_slice(&self.0);
         match check_name(name) {
             Ok(()) => path.push(name),
             Err(rule) => {
@@ -142,8 +158,17 @@ impl Ord for TreePath {
     fn cmp(&self, other: &Self) -> Ordering {
         // '/' sorts before every byte a name can hold, so that a directory's entries directly follow it.
         let key = |byte: &u8| if *byte == b'/' { 0 } else { *byte };
-        self.0.iter().map(key).cmp(other.0.iter().map(key))
+        let shared = shared_prefix(&self.0, &other.0);
+        self.0.get(shared).map(key).cmp(&other.0.get(shared).map(key))
     }
+}
+
+/// Returns how many bytes two paths begin with alike: neighbours in a walk share most of theirs.
+fn shared_prefix(one: &[u8], other: &[u8]) -> usize {
+    const STEP: usize = 8;
+    let (steps, others) = (one.as_chunks::<STEP>().0, other.as_chunks::<STEP>().0);
+    let whole = STEP * steps.iter().zip(others).take_while(|(one, other)| one == other).count();
+    whole + one[whole..].iter().zip(&other[whole..]).take_while(|(one, other)| one == other).count()
 }
 
 impl PartialOrd for TreePath {
@@ -194,7 +219,8 @@ mod tests {
 
     #[test]
     fn the_order_is_that_of_a_walk() {
-        let sorted = ["", "a", "a/b", "a/b/c", "a/c", "a!", "a-b", "b"];
+        let sorted =
+            ["", "a", "a/b", "a/b/c", "a/c", "a!", "a-b", "b", "long-name/x", "long-name/y/z", "long-name0", "m"];
         for pair in sorted.windows(2) {
             let [low, high] = [pair[0], pair[1]].map(|text| TreePath::parse(text.as_bytes()).unwrap());
             assert!(low < high, "{low:?} < {high:?}");

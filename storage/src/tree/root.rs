@@ -1,12 +1,14 @@
 //! Opened trees: every path is resolved beneath the root by the kernel, never by joining strings.
 //!
-//! Owns [`Root`] (one open directory) and `DirStack` (the chain of directories a walk stands in, with a bounded
-//! number of open descriptors however deep the tree is). Refuses to know what entries mean.
+//! Owns [`Root`] (one open directory), `DirStack` (the chain of directories a walk stands in, with a bounded
+//! number of open descriptors however deep the tree is) and `Nearby` (the one directory that is reached into again and
+//! again). Refuses to know what entries mean.
 
 use std::{
     fmt::Write as _,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use rustix::{
@@ -33,6 +35,13 @@ const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::
 pub struct Root {
     fd: OwnedFd,
     path: PathBuf,
+    /// Which opening of a root this is: what is kept of one is never used with another.
+    opening: u64,
+}
+
+fn next_opening() -> u64 {
+    static OPENED: AtomicU64 = AtomicU64::new(1);
+    OPENED.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Root {
@@ -42,18 +51,24 @@ impl Root {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd =
             rustix::fs::open(&path, flags, Mode::empty()).map_err(|error| Error::io("open", path.display(), error))?;
-        Ok(Self { fd, path })
+        Ok(Self { fd, path, opening: next_opening() })
     }
 
     /// Opens the same root once more, for a second reader.
     pub fn try_clone(&self) -> Result<Self> {
         let fd = self.fd.try_clone().map_err(|error| Error::io("open", self.path.display(), error))?;
-        Ok(Self { fd, path: self.path.clone() })
+        Ok(Self { fd, path: self.path.clone(), opening: next_opening() })
     }
 
     /// Returns where the root was opened, for messages.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Makes all that was written to the root's file system durable. It also says what could not be written since the root
+    /// was opened (syncfs(2)), so who writes a tree syncs by the root that it was written by.
+    pub fn sync(&self) -> Result<()> {
+        rustix::fs::syncfs(&self.fd).map_err(|error| Error::io("make durable", self.path.display(), error))
     }
 
     /// Names an entry of the tree for a message.
@@ -94,6 +109,48 @@ impl Root {
 impl AsFd for Root {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// The directory of a tree that was reached into last, kept open for its further entries: a tree that is gone through in
+/// walk order is resolved from its root once for each directory, not for each entry.
+#[derive(Debug, Default)]
+pub(super) struct Nearby {
+    kept: Option<Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    opening: u64,
+    path: TreePath,
+    fd: OwnedFd,
+}
+
+impl Nearby {
+    /// Returns the directory that an entry lies in. The entry must not be the root.
+    pub(super) fn parent<'a>(&'a mut self, root: &'a Root, entry: &TreePath) -> Result<BorrowedFd<'a>> {
+        let parent = entry.parent_bytes().unwrap_or_default();
+        if parent.is_empty() {
+            return Ok(root.as_fd());
+        }
+        let fits = |kept: &Kept| kept.opening == root.opening && kept.path.as_bytes() == parent;
+        let kept = match self.kept.take().filter(fits) {
+            Some(kept) => kept,
+            None => {
+                let fd = root.open_parent(entry)?;
+                Kept { opening: root.opening, path: entry.parent().unwrap_or_default(), fd }
+            }
+        };
+        Ok(self.kept.insert(kept).fd.as_fd())
+    }
+
+    /// Opens an entry as [`Root::open_beneath`] does.
+    pub(super) fn open(&mut self, root: &Root, entry: &TreePath, flags: OFlags) -> Result<OwnedFd> {
+        if entry.is_root() {
+            return root.open_beneath(entry, flags);
+        }
+        let opened = open_entry(self.parent(root, entry)?, entry.name(), flags);
+        opened.map_err(|error| Error::io("open", root.show(entry), error))
     }
 }
 

@@ -3,7 +3,11 @@
 //! Memory: the names of the directories between the root and where the walk stands, and one small value per inode
 //! with several names until all of them were met. Refuses to know contents.
 
-use std::{collections::HashMap, mem::MaybeUninit, os::fd::OwnedFd};
+use std::{
+    collections::{HashMap, HashSet},
+    mem::MaybeUninit,
+    os::fd::OwnedFd,
+};
 
 use rustix::{
     fs::{AtFlags, FileType, OFlags, RawDir, StatxFlags},
@@ -11,11 +15,12 @@ use rustix::{
 };
 
 use super::{
-    entry::{Entry, EntryKind, Status},
+    entry::{Entry, EntryKind, Stat, Status},
     findings::Findings,
     inventory::{InventoryEntry, InventoryReader},
     path::TreePath,
     root::{DirStack, Root, open_entry, read_error},
+    witness::{self, Witness},
     xattr::XattrReader,
 };
 use crate::{
@@ -30,6 +35,23 @@ pub enum Links {
     ByInode,
     /// As the tree's inventory says; for trees whose files are hard links into other snapshots.
     Inventory(Box<InventoryReader>),
+    /// The same; and an entry that is not as the inventory says, one that it does not know and one that is missing end the
+    /// walk with [`ErrorKind::Tampered`]. What [`Walk::skip_contents`] leaves out is not looked at.
+    Witnessed(Witness),
+    /// By inode, in a tree that was made of links into one with this inventory and has been changed since. An inode that the
+    /// inventory knows and gives one name has one, unless it is among the first names of inodes that were given further
+    /// ones since; so memory grows with those only. `None`: those are not known.
+    Linked(Box<InventoryReader>, Option<HashSet<TreePath>>),
+}
+
+impl Links {
+    fn inventory(&mut self) -> Option<&mut InventoryReader> {
+        match self {
+            Self::ByInode => None,
+            Self::Inventory(inventory) | Self::Linked(inventory, _) => Some(inventory),
+            Self::Witnessed(witness) => Some(&mut witness.inventory),
+        }
+    }
 }
 
 /// Whether somebody may write to the tree while it is walked.
@@ -43,8 +65,10 @@ pub enum Motion {
 
 /// When extended attributes are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Attributes {
+pub enum Attributes {
+    /// With each entry.
     Eager,
+    /// When [`Walk::load_attributes`] asks for them: entries come without. A witnessed walk knows them without asking.
     OnDemand,
 }
 
@@ -60,18 +84,20 @@ pub struct Walk {
     reader: XattrReader,
     findings: Findings,
     position: Position,
+    /// The name of the last entry in the directory on top; empty for the root.
+    name: Vec<u8>,
     last_type: FileType,
     /// What the inode is, where the last entry is a further name of one.
     linked_kind: Option<EntryKind>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Position {
     Start,
-    /// The last entry was a directory (by its name in the directory on top), which is gone into next.
-    AtDirectory(Vec<u8>),
-    /// The last entry was of this name.
-    AtEntry(Vec<u8>),
+    /// The last entry was a directory, which is gone into next.
+    AtDirectory,
+    /// It was anything else, or is not gone into.
+    AtEntry,
     End,
 }
 
@@ -86,7 +112,8 @@ impl Walk {
         Self::with(root, Links::ByInode, Motion::Live, Attributes::Eager)
     }
 
-    pub(super) fn with(root: Root, links: Links, motion: Motion, attributes: Attributes) -> Self {
+    /// Starts a walk with every choice made.
+    pub fn with(root: Root, links: Links, motion: Motion, attributes: Attributes) -> Self {
         Self {
             dirs: DirStack::new(root),
             names: Vec::new(),
@@ -96,6 +123,7 @@ impl Walk {
             reader: XattrReader::new(),
             findings: Findings::default(),
             position: Position::Start,
+            name: Vec::new(),
             last_type: FileType::Unknown,
             linked_kind: None,
         }
@@ -108,17 +136,22 @@ impl Walk {
 
     /// Leaves out what is in the directory that was returned last.
     pub fn skip_contents(&mut self) {
-        if let Position::AtDirectory(name) = &mut self.position {
-            self.position = Position::AtEntry(std::mem::take(name));
+        if self.position == Position::AtDirectory {
+            self.position = Position::AtEntry;
+            let mut path = self.dirs.path().clone();
+            if !self.name.is_empty() {
+                path.push(&self.name);
+            }
+            self.groups.skipped = Some(path);
         }
     }
 
     /// Opens the entry that was returned last (`O_NOFOLLOW` and `O_CLOEXEC` are added).
     pub fn open_last(&mut self, flags: OFlags) -> Result<OwnedFd> {
-        let (Position::AtDirectory(name) | Position::AtEntry(name)) = &self.position else {
+        if !self.is_at_entry() {
             return Err(Error::new("open", self.dirs.show(b""), ErrorKind::NotFound));
-        };
-        let name = if name.is_empty() { &b"."[..] } else { name };
+        }
+        let name = if self.name.is_empty() { &b"."[..] } else { &self.name };
         let opened = open_entry(self.dirs.top()?, name, flags);
         opened.map_err(|error| read_error("open", self.dirs.show(name), error))
     }
@@ -143,49 +176,63 @@ impl Walk {
         self.groups.recorded.as_ref()
     }
 
-    /// Reads the extended attributes of the entry that was returned last.
-    pub(super) fn load_attributes(&mut self, entry: &mut Entry) -> Result<()> {
-        if self.attributes == Attributes::OnDemand
-            && let Position::AtDirectory(name) | Position::AtEntry(name) = &self.position
-        {
-            let read = self.reader.read(self.dirs.top()?, name);
-            entry.xattrs =
-                read.map_err(|error| read_error("read extended attributes of", self.dirs.show(name), error))?;
+    /// Tells whether the inventory of [`Links::Linked`] has an entry that the tree has not; final at the end of the walk.
+    pub fn lacks_some(&self) -> bool {
+        self.groups.lacks_some
+    }
+
+    /// Reads the extended attributes of the entry that was returned last, if it came without. One that is gone from a live
+    /// tree by now has none.
+    pub fn load_attributes(&mut self, entry: &mut Entry) -> Result<()> {
+        let is_known = self.attributes == Attributes::Eager || matches!(self.groups.links, Links::Witnessed(_));
+        if is_known || !self.is_at_entry() {
+            return Ok(());
+        }
+        match self.reader.read(self.dirs.top()?, &self.name) {
+            Ok(xattrs) => entry.xattrs = xattrs,
+            Err(Errno::NOENT) if self.motion == Motion::Live => {}
+            Err(error) => {
+                return Err(read_error("read extended attributes of", self.dirs.show(&self.name), error));
+            }
         }
         Ok(())
+    }
+
+    fn is_at_entry(&self) -> bool {
+        matches!(self.position, Position::AtDirectory | Position::AtEntry)
     }
 
     fn step(&mut self) -> Result<Option<Entry>> {
         match std::mem::replace(&mut self.position, Position::End) {
             Position::Start => {
-                let root = self.entry(Vec::new(), true)?;
+                let root = self.entry()?;
                 return root.map(Some).ok_or_else(|| Error::new("read", self.dirs.show(b""), ErrorKind::NotFound));
             }
-            Position::AtDirectory(name) => self.descend(&name)?,
-            Position::AtEntry(_) => {}
+            Position::AtDirectory => self.descend()?,
+            Position::AtEntry => {}
             Position::End => return Ok(None),
         }
         while let Some(names) = self.names.last_mut() {
-            let Some(name) = names.next() else {
+            if !names.next_into(&mut self.name) {
                 self.names.pop();
                 if self.dirs.level() > 0 {
                     self.dirs.pop();
                 }
                 continue;
-            };
-            if let Some(entry) = self.entry(name, false)? {
+            }
+            if let Some(entry) = self.entry()? {
                 return Ok(Some(entry));
             }
         }
         Ok(None)
     }
 
-    fn descend(&mut self, name: &[u8]) -> Result<()> {
-        if !name.is_empty() {
-            match self.dirs.push(name) {
+    fn descend(&mut self) -> Result<()> {
+        if !self.name.is_empty() {
+            match self.dirs.push(&self.name) {
                 Ok(()) => {}
-                Err(_) if self.motion == Motion::Live && self.is_gone(name)? => {
-                    self.note(name, "it vanished while the tree was read");
+                Err(_) if self.motion == Motion::Live && self.is_gone()? => {
+                    self.note("it vanished while the tree was read");
                     return Ok(());
                 }
                 Err(error) => return Err(error),
@@ -201,36 +248,40 @@ impl Walk {
     }
 
     /// Tells whether a directory that could not be opened is no directory any more.
-    fn is_gone(&mut self, name: &[u8]) -> Result<bool> {
-        let found = rustix::fs::statx(self.dirs.top()?, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE);
+    fn is_gone(&mut self) -> Result<bool> {
+        let found = rustix::fs::statx(self.dirs.top()?, &self.name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE);
         Ok(match found {
             Err(error) => error == Errno::NOENT,
             Ok(found) => FileType::from_raw_mode(u32::from(found.stx_mode)) != FileType::Directory,
         })
     }
 
-    /// Reads one entry of the directory on top (the root itself where the name is empty).
-    fn entry(&mut self, name: Vec<u8>, is_root: bool) -> Result<Option<Entry>> {
-        let path = if is_root { TreePath::root() } else { self.dirs.path().child(&name)? };
-        match self.read_entry(&name, &path) {
+    /// Reads the entry of this name in the directory on top (the root itself where the name is empty).
+    fn entry(&mut self) -> Result<Option<Entry>> {
+        let path = if self.name.is_empty() { TreePath::root() } else { self.dirs.path().child(&self.name)? };
+        match self.read_entry(path) {
             Ok(Some(entry)) => {
                 let directory = entry.kind == EntryKind::Directory;
-                self.position = if directory { Position::AtDirectory(name) } else { Position::AtEntry(name) };
+                self.position = if directory { Position::AtDirectory } else { Position::AtEntry };
                 Ok(Some(entry))
             }
             Ok(None) => {
-                self.note(&name, "it is a socket, which is left out");
+                self.note("it is a socket, which is left out");
+                if let Links::Witnessed(witness) = &self.groups.links {
+                    return Err(witness.tampered(&self.dirs.path().child(&self.name)?, "it was added"));
+                }
                 Ok(None)
             }
             Err(Errno::NOENT) if self.motion == Motion::Live => {
-                self.note(&name, "it vanished while the tree was read");
+                self.note("it vanished while the tree was read");
                 Ok(None)
             }
-            Err(error) => Err(read_error("read", self.dirs.show(&name), error)),
+            Err(error) => Err(read_error("read", self.dirs.show(&self.name), error)),
         }
     }
 
-    fn read_entry(&mut self, name: &[u8], path: &TreePath) -> std::result::Result<Option<Entry>, Errno> {
+    fn read_entry(&mut self, path: TreePath) -> std::result::Result<Option<Entry>, Errno> {
+        let name = self.name.as_slice();
         let directory = self.dirs.top().map_err(|_| Errno::NOENT)?;
         let flags = if name.is_empty() { AtFlags::EMPTY_PATH } else { AtFlags::SYMLINK_NOFOLLOW };
         let status = Status::from(rustix::fs::statx(directory, name, flags, StatxFlags::BASIC_STATS)?);
@@ -248,20 +299,30 @@ impl Walk {
             FileType::BlockDevice => EntryKind::BlockDevice { major: status.rdev.0, minor: status.rdev.1 },
             _ => return Ok(None),
         };
+        let is_witnessed = matches!(self.groups.links, Links::Witnessed(_));
         let xattrs = match self.attributes {
-            Attributes::Eager => self.reader.read(directory, name)?,
-            Attributes::OnDemand => Vec::new(),
+            Attributes::Eager if !is_witnessed => self.reader.read(directory, name)?,
+            _ => Vec::new(),
         };
-        if let Some(to) = self.groups.place(path, &kind, &mut stat) {
+        if let Some(to) = self.groups.place(&path, &kind, &mut stat) {
             self.linked_kind = Some(std::mem::replace(&mut kind, EntryKind::HardLink { to }));
         }
         let (mode, uid, gid) = (status.mode, status.uid, status.gid);
-        Ok(Some(Entry { path: path.clone(), kind, mode, uid, gid, mtime: stat.mtime, xattrs, stat }))
+        let mut entry = Entry { path, kind, mode, uid, gid, mtime: stat.mtime, xattrs, stat };
+        if let Some(record) = self.groups.recorded.as_ref().filter(|_| is_witnessed) {
+            if witness::has_attributes_of(&entry, record) {
+                entry.xattrs.clone_from(&record.entry.xattrs);
+            } else {
+                entry.xattrs = self.reader.read(directory, name)?;
+            }
+            self.groups.testify(&entry);
+        }
+        Ok(Some(entry))
     }
 
-    fn note(&mut self, name: &[u8], what: &str) {
+    fn note(&mut self, what: &str) {
         let mut path = self.dirs.path().clone();
-        path.push(name);
+        path.push(&self.name);
         self.findings.add(&path, what);
     }
 }
@@ -270,10 +331,13 @@ impl Iterator for Walk {
     type Item = Result<Entry>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let next = match self.step() {
-            Ok(next) => self.groups.take_error().map_or(Ok(next), Err),
-            Err(error) => Err(error),
-        };
+        let mut next = self.step();
+        if matches!(next, Ok(None)) {
+            self.groups.end();
+        }
+        if let (Ok(_), Some(error)) = (&next, self.groups.error.take()) {
+            next = Err(error);
+        }
         if !matches!(next, Ok(Some(_))) {
             self.position = Position::End;
             self.names.clear();
@@ -314,12 +378,20 @@ impl Names {
     }
 
     pub(super) fn next(&mut self) -> Option<Vec<u8>> {
-        let (start, length) = self.spans.pop()?;
-        Some(self.bytes[start as usize..start as usize + usize::from(length)].to_vec())
+        let mut name = Vec::new();
+        self.next_into(&mut name).then_some(name)
+    }
+
+    /// Puts the next name in place of another one; `false` when there is none.
+    fn next_into(&mut self, name: &mut Vec<u8>) -> bool {
+        let Some((start, length)) = self.spans.pop() else { return false };
+        name.clear();
+        name.extend_from_slice(&self.bytes[start as usize..start as usize + usize::from(length)]);
+        true
     }
 }
 
-/// Tells which paths are names of one inode.
+/// Tells which paths are names of one inode, and goes through the inventory beside the walk.
 #[derive(Debug)]
 struct Groups {
     links: Links,
@@ -328,42 +400,47 @@ struct Groups {
     /// The inventory's entry at or behind the walk's place.
     ahead: Option<InventoryEntry>,
     recorded: Option<InventoryEntry>,
+    /// The directory whose contents were left out last.
+    skipped: Option<TreePath>,
+    lacks_some: bool,
     error: Option<Error>,
 }
 
 impl Groups {
     fn new(links: Links) -> Self {
-        Self { links, open: HashMap::new(), ahead: None, recorded: None, error: None }
+        Self { links, open: HashMap::new(), ahead: None, recorded: None, skipped: None, lacks_some: false, error: None }
     }
 
-    /// Returns the group's first path when this is a further name; sets `stat.nlink` to the names in the tree.
-    fn place(&mut self, path: &TreePath, kind: &EntryKind, stat: &mut super::entry::Stat) -> Option<TreePath> {
-        if let Links::Inventory(inventory) = &mut self.links {
-            self.recorded = None;
-            while self.ahead.as_ref().is_none_or(|ahead| ahead.entry.path < *path) {
-                match inventory.next() {
-                    Some(Ok(next)) => self.ahead = Some(next),
-                    Some(Err(error)) => {
-                        self.error = Some(error);
-                        return None;
-                    }
-                    None => break,
+    /// Returns the group's first path when this is a further name; sets `stat.nlink` to the names in the tree, where that is
+    /// known.
+    fn place(&mut self, path: &TreePath, kind: &EntryKind, stat: &mut Stat) -> Option<TreePath> {
+        self.seek(path);
+        match (&self.links, &self.recorded) {
+            (Links::Witnessed(witness), None) => {
+                let error = witness.tampered(path, "it was added");
+                self.error.get_or_insert(error);
+                None
+            }
+            (Links::Inventory(_) | Links::Witnessed(_), recorded) => {
+                let recorded = recorded.as_ref().filter(|_| *kind != EntryKind::Directory)?;
+                stat.nlink = recorded.entry.stat.nlink;
+                match &recorded.entry.kind {
+                    EntryKind::HardLink { to } => Some(to.clone()),
+                    _ => None,
                 }
             }
-            self.recorded = self.ahead.take_if(|ahead| ahead.entry.path == *path);
-            let recorded = self.recorded.as_ref()?;
-            if *kind == EntryKind::Directory {
-                return None;
+            _ if stat.nlink < 2 || *kind == EntryKind::Directory => None,
+            (Links::Linked(_, Some(further)), Some(recorded))
+                if has_one_name(recorded, stat) && !further.contains(path) =>
+            {
+                stat.nlink = 1;
+                None
             }
-            stat.nlink = recorded.entry.stat.nlink;
-            return match &recorded.entry.kind {
-                EntryKind::HardLink { to } => Some(to.clone()),
-                _ => None,
-            };
+            _ => self.by_inode(path, stat),
         }
-        if stat.nlink < 2 || *kind == EntryKind::Directory {
-            return None;
-        }
+    }
+
+    fn by_inode(&mut self, path: &TreePath, stat: &Stat) -> Option<TreePath> {
         let key = (stat.dev, stat.ino);
         match self.open.get_mut(&key) {
             Some((first, left)) => {
@@ -381,7 +458,66 @@ impl Groups {
         }
     }
 
-    fn take_error(&mut self) -> Option<Error> {
-        self.error.take()
+    /// Goes on in the inventory to the walk's place.
+    fn seek(&mut self, path: &TreePath) {
+        self.recorded = None;
+        while self.ahead.as_ref().is_none_or(|ahead| ahead.entry.path < *path) {
+            self.pass();
+            match self.links.inventory().and_then(Iterator::next) {
+                Some(Ok(next)) => self.ahead = Some(next),
+                Some(Err(error)) => {
+                    self.error.get_or_insert(error);
+                    return;
+                }
+                None => return,
+            }
+        }
+        self.recorded = self.ahead.take_if(|ahead| ahead.entry.path == *path);
     }
+
+    /// Leaves an entry of the inventory that the walk did not come to.
+    fn pass(&mut self) {
+        let Some(passed) = self.ahead.take() else { return };
+        let path = &passed.entry.path;
+        if self.skipped.as_ref().is_some_and(|skipped| path.is_within(skipped)) {
+            return;
+        }
+        self.lacks_some = true;
+        if let Links::Witnessed(witness) = &self.links {
+            let error = witness.tampered(path, "it is missing");
+            self.error.get_or_insert(error);
+        }
+    }
+
+    /// Holds an entry against its record.
+    fn testify(&mut self, entry: &Entry) {
+        if let (Links::Witnessed(witness), Some(record)) = (&self.links, &self.recorded)
+            && let Some(what) = witness::difference(entry, &record.entry)
+        {
+            let error = witness.tampered(&entry.path, what);
+            self.error.get_or_insert(error);
+        }
+    }
+
+    /// Reads the rest of the inventory, where what it says beyond the tree matters.
+    fn end(&mut self) {
+        if !matches!(self.links, Links::Witnessed(_) | Links::Linked(..)) {
+            return;
+        }
+        self.pass();
+        while self.error.is_none() {
+            match self.links.inventory().and_then(Iterator::next) {
+                Some(Ok(next)) => self.ahead = Some(next),
+                Some(Err(error)) => self.error = Some(error),
+                None => return,
+            }
+            self.pass();
+        }
+    }
+}
+
+/// Tells whether an inode is still the one that an inventory knows, with one name.
+fn has_one_name(recorded: &InventoryEntry, stat: &Stat) -> bool {
+    let Entry { kind, stat: known, .. } = &recorded.entry;
+    known.nlink == 1 && known.ino == stat.ino && !matches!(kind, EntryKind::HardLink { .. } | EntryKind::Directory)
 }

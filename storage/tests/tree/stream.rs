@@ -91,7 +91,7 @@ fn comparing_contents_sees_what_metadata_hides() {
         let mut writer = InventoryWriter::create(&path).unwrap();
         for entry in Walk::new(Root::open(tree).unwrap(), Links::ByInode) {
             let entry = entry.unwrap();
-            writer.add(InventoryEntry { entry, origin: Some(Default::default()), digest: None }).unwrap();
+            writer.add(&InventoryEntry { entry, origin: Some(Default::default()), digest: None }).unwrap();
         }
         writer.finish().unwrap();
         path
@@ -123,7 +123,7 @@ fn link_groups_come_from_the_inventory_where_trees_share_inodes() {
     let path = folder.path().join("inventory");
     let mut writer = InventoryWriter::create(&path).unwrap();
     for entry in Walk::new(Root::open(&head).unwrap(), Links::ByInode) {
-        writer.add(InventoryEntry { entry: entry.unwrap(), origin: None, digest: None }).unwrap();
+        writer.add(&InventoryEntry { entry: entry.unwrap(), origin: None, digest: None }).unwrap();
     }
     writer.finish().unwrap();
     let links = Links::Inventory(Box::new(InventoryReader::open(&path).unwrap()));

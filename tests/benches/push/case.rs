@@ -4,148 +4,234 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use flocker_tests::{
     Node,
-    data::{scribble, write_random, write_small_files},
+    data::{scribble, write_half_random, write_random, write_small_files},
     scratch::run,
 };
 
-use crate::ssh::Ssh;
+use crate::{
+    account::{Counted, Memory, Spent, wait_idle},
+    ssh::Ssh,
+    table::Run,
+};
+
+/// The cases there are, in the order of the table.
+pub(crate) const CASES: &str = "big,half,small,delta,noop,tiny,real";
+
+/// The contenders, in the order in which they take turns.
+pub(crate) const CONTENDERS: [&str; 3] = ["flocker", "tar \\| zstd -1 \\| ssh", "rsync -a over ssh"];
+
+const FLOCKER: usize = 0;
+const TAR: usize = 1;
+
+const GIBIBYTE: f64 = 1_073_741_824.0;
+
+/// What the table calls a case.
+pub(crate) struct Title {
+    pub(crate) text: String,
+    /// How many bytes the blocks of 4 KiB have that changed, where that is what the case is about.
+    pub(crate) changed_bytes: Option<u64>,
+}
 
 /// One kind of data, in a volume of the first node.
 pub(crate) struct Case {
-    /// What the table calls it.
-    pub(crate) title: String,
-    /// What flocker's last push carried.
-    pub(crate) delta_bytes: u64,
-    /// What of it travelled.
-    pub(crate) wire_bytes: u64,
+    pub(crate) title: Title,
+    /// How many changes follow on each other in one run; one push each.
+    rounds: u32,
     /// The snapshot that the receivers have already.
-    base: Option<&'static str>,
+    base: Option<String>,
     /// The contents that `tar` and `rsync` send: those of `base`, and the new ones.
     source: PathBuf,
     base_source: PathBuf,
-    destination: PathBuf,
+    place: PathBuf,
+    /// What the pipe of tar carries; its own programs do not say.
+    tar_bytes: Option<u64>,
 }
 
 impl Case {
     /// Makes the data and takes the snapshots.
     pub(crate) fn prepare(name: &str, scale: f64, a: &Node, place: &Path) -> Self {
-        let mount = a.create_mounted("data");
+        let source = a.create_mounted("data");
         let scaled = |full: f64| (full * scale).max(1.0) as u64;
-        let source = mount.clone();
-        let base_source = place.join("base");
-        let mut base = None;
-        let what = match name {
-            "real" => format!("first push, {} of real files", size(copy_real_files(&mount, scaled(1e9)))),
-            "delta" => {
-                let bytes = copy_real_files(&mount, scaled(1e9));
-                for number in 0..4 {
-                    write_random(&mount.join(format!("table-{number}")), number, scaled(2.5e8));
-                }
-                a.cli(&["snapshot", "data@base"]).ok();
-                run(Command::new("cp").args(["-a"]).arg(&mount).arg(&base_source));
-                let blocks = scaled(1e9) / 100 / 4096 / 4;
-                for number in 0..4 {
-                    scribble(&mount.join(format!("table-{number}")), 100 + number, blocks as u32);
-                }
-                base = Some("base");
-                format!("1 % changed of {}", size(bytes + 4 * scaled(2.5e8)))
+        let small_files = |count: u64| write_small_files(&source, 1, count as u32, 2000);
+        let (mut rounds, mut has_base, mut changed_bytes) = (1, false, None);
+        let text = match name {
+            "big" => {
+                write_random(&source.join("big"), 2, scaled(4.0 * GIBIBYTE));
+                format!("one file of {}, incompressible", size(scaled(4.0 * GIBIBYTE)))
+            }
+            "half" => {
+                write_half_random(&source.join("half"), 3, scaled(4.0 * GIBIBYTE));
+                format!("one file of {}, half of it compressible", size(scaled(4.0 * GIBIBYTE)))
             }
             "small" => {
-                write_small_files(&mount, 1, scaled(200_000.0) as u32, 2000);
+                small_files(scaled(200_000.0));
                 format!("{} small files", scaled(200_000.0))
             }
-            "big" => {
-                write_random(&mount.join("big"), 2, scaled(4.0 * 1_073_741_824.0));
-                format!("one file of {}", size(scaled(4.0 * 1_073_741_824.0)))
+            "delta" => {
+                let table_bytes = scaled(2.5e8);
+                let real_bytes = copy_real_files(&source, scaled(1e9));
+                for number in 0..4 {
+                    write_random(&source.join(format!("table-{number}")), number, table_bytes);
+                }
+                has_base = true;
+                format!("1 % of the blocks of 4 files of {}, beside {}", size(table_bytes), size(real_bytes))
             }
-            other => panic!("FLOCKER_BENCH_CASES has real, delta, small, big; not {other}"),
+            "noop" => {
+                small_files(scaled(200_000.0));
+                has_base = true;
+                format!("{} small files, nothing changed", scaled(200_000.0))
+            }
+            "tiny" => {
+                small_files(1000);
+                (rounds, has_base) = (scaled(500.0) as u32, true);
+                format!("{rounds} times one of 1,000 small files changed")
+            }
+            "real" => format!("{} of real files", size(copy_real_files(&source, scaled(1e9)))),
+            other => panic!("FLOCKER_BENCH_CASES has {CASES}; not {other}"),
         };
-        a.cli(&["snapshot", "data@new"]).ok();
+        let base_source = place.join("base");
+        if has_base {
+            a.cli(&["snapshot", "data@base"]).ok();
+            run(Command::new("cp").args(["-a"]).arg(&source).arg(&base_source));
+        }
+        if name == "delta" {
+            let blocks = (scaled(2.5e8) / 100 / 4096).max(1) as u32;
+            let change = |number| scribble(&source.join(format!("table-{number}")), 100 + number, blocks);
+            changed_bytes = Some((0..4).map(change).sum::<u64>() * 4096);
+        }
+        if rounds == 1 {
+            a.cli(&["snapshot", "data@new"]).ok();
+        }
         Self {
-            title: what,
-            delta_bytes: 0,
-            wire_bytes: 0,
-            base,
+            title: Title { text: format!("{name}: {text}"), changed_bytes },
+            rounds,
+            base: has_base.then(|| "base".to_owned()),
             source,
             base_source,
-            destination: place.join("received"),
+            place: place.to_owned(),
+            tar_bytes: None,
         }
     }
 
-    /// Brings the receivers to where they start from.
-    pub(crate) fn prepare_receivers(&self, a: &Node, _b: &Node, _ssh: &Ssh, run_number: usize) {
-        if let Some(base) = self.base {
-            a.cli(&["push", &format!("data@{base}"), "host-b", "--as", &name_at_receiver(run_number)]).ok();
+    /// Lets each contender move the data once, and returns what it took.
+    pub(crate) fn run(&mut self, a: &Node, b: &Node, ssh: &Ssh, number: usize) -> [Run; 3] {
+        let at_receiver = format!("data-{number}");
+        if let Some(base) = &self.base {
+            a.cli(&["push", &format!("data@{base}"), "host-b", "--as", &at_receiver]).ok();
         }
+        let mut sums = [Run { seconds: 0.0, cpu_seconds: 0.0, peak_bytes: [0; 2], wire_bytes: None }; 3];
+        for round in 0..self.rounds {
+            let snapshot = self.next_snapshot(a, number, round);
+            for (contender, sum) in sums.iter_mut().enumerate() {
+                if round == 0 && contender != FLOCKER {
+                    self.prepare_destination(contender);
+                }
+                run(&mut Command::new("sync"));
+                let daemons = (a.pid(), b.pid());
+                let counted = match contender {
+                    FLOCKER => Counted::Daemons(daemons.0, daemons.1),
+                    _ => Counted::Pipe { daemons, server: ssh.pid() },
+                };
+                let (memory, before) = (Memory::start(counted), Spent::so_far(counted));
+                let started = Instant::now();
+                let wire_bytes = match contender {
+                    FLOCKER => Some(by_flocker(a, &snapshot, &at_receiver)),
+                    TAR => self.by_tar(ssh),
+                    _ => Some(self.by_rsync(ssh)),
+                };
+                sum.seconds += started.elapsed().as_secs_f64();
+                if contender != FLOCKER {
+                    wait_idle(ssh.pid());
+                }
+                sum.cpu_seconds += Spent::so_far(counted).since(before);
+                let peak = memory.stop();
+                sum.peak_bytes = [0, 1].map(|side| sum.peak_bytes[side].max(peak[side]));
+                sum.wire_bytes = wire_bytes.map(|bytes| bytes + sum.wire_bytes.unwrap_or(0));
+            }
+        }
+        let tar_bytes = self.tar_bytes.get_or_insert_with(|| tar_bytes(&self.source));
+        sums[TAR].wire_bytes = Some(*tar_bytes * u64::from(self.rounds));
+        b.cli(&["destroy", &at_receiver]).ok();
+        for contender in 1..CONTENDERS.len() {
+            fs::remove_dir_all(self.destination(contender)).unwrap();
+        }
+        sums
     }
 
-    /// Pushes by flocker.
-    pub(crate) fn by_flocker(&mut self, a: &Node, run_number: usize) -> Duration {
-        let started = Instant::now();
-        let done = a.cli(&["push", "data@new", "host-b", "--as", &name_at_receiver(run_number)]).ok();
-        let took = started.elapsed();
-        let transfer = done.json();
-        self.delta_bytes = transfer["progress"]["delta_bytes"].as_u64().unwrap();
-        self.wire_bytes = transfer["progress"]["wire_bytes"].as_u64().unwrap();
-        took
+    /// Makes the next change where there are several, and names the snapshot to be pushed.
+    fn next_snapshot(&mut self, a: &Node, number: usize, round: u32) -> String {
+        if self.rounds == 1 {
+            return "new".to_owned();
+        }
+        let file = (number as u32 * self.rounds + round) * 7 % 1000;
+        let path = self.source.join(format!("d{:04}/f{file:06}", file / 100));
+        write_random(&path, u64::from(round), 1500);
+        let name = format!("r{number}-{round}");
+        a.cli(&["snapshot", &format!("data@{name}")]).ok();
+        self.base = Some(name.clone());
+        name
     }
 
     /// Sends everything by tar, compressed. It knows no difference to what is there.
-    pub(crate) fn by_tar(&self, ssh: &Ssh) -> Duration {
-        self.clear_destination(None);
-        let (source, destination) = (self.source.display(), self.destination.display());
+    fn by_tar(&self, ssh: &Ssh) -> Option<u64> {
+        let destination = self.destination(TAR);
+        let destination = destination.display();
         let script = format!(
-            "set -e; tar -C '{source}' --numeric-owner --xattrs --acls -cf - . | zstd -q -1 | \
-             {} \"zstd -q -d | tar -C '{destination}' --numeric-owner --xattrs --acls -xf - && sync -f '{destination}'\"",
+            "{} | {} \"zstd -q -d | tar -C '{destination}' --numeric-owner --xattrs --acls -xf - && sync -f '{destination}'\"",
+            packing(&self.source),
             ssh.command_line("localhost")
         );
-        timed(Command::new("bash").args(["-o", "pipefail", "-c", &script]))
+        run(Command::new("bash").args(["-o", "pipefail", "-c", &script]));
+        None
     }
 
-    /// Sends by rsync, onto what is there already.
-    pub(crate) fn by_rsync(&self, ssh: &Ssh) -> Duration {
-        self.clear_destination(self.base.map(|_| self.base_source.as_path()));
-        let started = Instant::now();
-        let to = format!("localhost:{}/", self.destination.display());
-        run(Command::new("rsync")
-            .args(["-a", "-e", &ssh.command_line("")])
+    /// Sends by rsync, onto what is there already. Returns what it says it has sent and received.
+    fn by_rsync(&self, ssh: &Ssh) -> u64 {
+        let destination = self.destination(CONTENDERS.len() - 1);
+        let to = format!("localhost:{}/", destination.display());
+        let said = run(Command::new("rsync")
+            .env("LC_ALL", "C")
+            .args(["-a", "--stats", "-e", &ssh.command_line("")])
             .arg(format!("{}/", self.source.display()))
             .arg(to));
-        run(Command::new("sync").arg("-f").arg(&self.destination));
-        started.elapsed()
+        run(Command::new("sync").arg("-f").arg(&destination));
+        let number = |line: &str| line.chars().filter(char::is_ascii_digit).collect::<String>().parse::<u64>().unwrap();
+        said.lines().filter(|line| line.starts_with("Total bytes ")).map(number).sum()
     }
 
-    /// Takes away what a run brought.
-    pub(crate) fn forget_receivers(&self, b: &Node, run_number: usize) {
-        b.cli(&["destroy", &name_at_receiver(run_number)]).ok();
-        fs::remove_dir_all(&self.destination).unwrap();
+    fn destination(&self, contender: usize) -> PathBuf {
+        self.place.join(format!("received-{contender}"))
     }
 
-    fn clear_destination(&self, start_with: Option<&Path>) {
-        if self.destination.exists() {
-            fs::remove_dir_all(&self.destination).unwrap();
+    /// Gives a contender what it starts from: rsync the base, tar nothing.
+    fn prepare_destination(&self, contender: usize) {
+        let destination = self.destination(contender);
+        if contender != TAR && self.base.is_some() {
+            run(Command::new("cp").arg("-a").arg(&self.base_source).arg(&destination));
+        } else {
+            fs::create_dir(&destination).unwrap();
         }
-        match start_with {
-            Some(base) => drop(run(Command::new("cp").arg("-a").arg(base).arg(&self.destination))),
-            None => fs::create_dir(&self.destination).unwrap(),
-        }
-        run(&mut Command::new("sync"));
     }
 }
 
-fn name_at_receiver(run_number: usize) -> String {
-    format!("data-{run_number}")
+/// Pushes by flocker. Returns what went over the line.
+fn by_flocker(a: &Node, snapshot: &str, at_receiver: &str) -> u64 {
+    let done = a.cli(&["push", &format!("data@{snapshot}"), "host-b", "--as", at_receiver]).ok();
+    done.json()["progress"]["wire_bytes"].as_u64().unwrap()
 }
 
-fn timed(command: &mut Command) -> Duration {
-    let started = Instant::now();
-    run(command);
-    started.elapsed()
+fn packing(source: &Path) -> String {
+    format!("tar -C '{}' --numeric-owner --xattrs --acls -cf - . | zstd -q -1", source.display())
+}
+
+fn tar_bytes(source: &Path) -> u64 {
+    let script = format!("{} | wc -c", packing(source));
+    run(Command::new("bash").args(["-o", "pipefail", "-c", &script])).trim().parse().unwrap()
 }
 
 /// Copies what the machine has: programs, libraries, documentation, until there is enough. Returns how much it is.

@@ -47,6 +47,12 @@ impl Ssh {
         Self { server, options }
     }
 
+    /// Returns the server's process.
+    #[allow(dead_code, reason = "the other benchmark does not ask")]
+    pub(crate) fn pid(&self) -> u32 {
+        self.server.id()
+    }
+
     /// Returns the words that start the client.
     pub(crate) fn command_line(&self, host: &str) -> String {
         format!("{} {host}", self.options).trim_end().to_owned()

@@ -39,8 +39,9 @@ impl StoredSnapshot {
         HeldSnapshot { snapshot, volume, unchanged, logical_bytes }
     }
 
-    pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
-        records::write("snapshot", dir, SNAPSHOT_RECORD, self)
+    /// Writes the record in staging; who publishes it makes it durable.
+    pub(super) fn stage(&self, dir: &Path) -> io::Result<()> {
+        records::stage("snapshot", dir, SNAPSHOT_RECORD, self)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
         entry::{Entry, EntryKind, Time},
         inventory::{InventoryEntry, InventoryReader},
         root::Root,
-        walk::Walk,
+        walk::{Attributes, Links, Motion, Walk},
     },
 };
 
@@ -48,6 +48,28 @@ pub(super) struct Joined {
 impl Joined {
     pub(super) fn new(walk: Walk, known: Option<InventoryReader>) -> Self {
         Self { walk, known, entry: None, record: None }
+    }
+
+    /// Puts a head beside its baseline. Entries come without extended attributes, for [`Joined::judge`] to say of the few
+    /// that its stats do not speak for.
+    pub(super) fn with_head(head: Root, known: Option<InventoryReader>) -> Self {
+        Self::new(Walk::with(head, Links::ByInode, Motion::Live, Attributes::OnDemand), known)
+    }
+
+    /// Judges the last pair by metadata, and completes the entry's extended attributes.
+    pub(super) fn judge(
+        &mut self,
+        entry: &mut Entry,
+        record: &InventoryEntry,
+        trust: Trust,
+        compare: Compare,
+    ) -> Result<Likeness> {
+        if is_settled(entry, record, trust, compare) {
+            entry.xattrs.clone_from(&record.entry.xattrs);
+            return Ok(Likeness::Same);
+        }
+        self.walk.load_attributes(entry)?;
+        Ok(judge(entry, record, trust, compare))
     }
 
     /// Returns the walk; the entry of the last pair is its last one, too.
@@ -101,8 +123,19 @@ pub(super) enum Trust {
     No,
 }
 
-/// Judges by metadata.
-pub(super) fn judge(entry: &Entry, record: &InventoryEntry, trust: Trust, compare: Compare) -> Likeness {
+/// Tells that nothing about an inode has changed, extended attributes included, since any change moves its ctime.
+fn is_settled(entry: &Entry, record: &InventoryEntry, trust: Trust, compare: Compare) -> bool {
+    let plain = |entry: &Entry| (entry.mode, entry.uid, entry.gid, entry.mtime);
+    let Trust::TakenAt(taken) = trust else { return false };
+    compare == Compare::Metadata
+        && entry.kind == record.entry.kind
+        && plain(entry) == plain(&record.entry)
+        && entry.stat.is_unchanged_since(&record.entry.stat)
+        && !is_racy(entry.stat.ctime, taken)
+}
+
+/// Judges by metadata, all of which is there.
+fn judge(entry: &Entry, record: &InventoryEntry, trust: Trust, compare: Compare) -> Likeness {
     if entry.kind != record.entry.kind || !entry.has_metadata_of(&record.entry) {
         return Likeness::Different;
     }

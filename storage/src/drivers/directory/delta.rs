@@ -16,9 +16,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
     tree::{
-        inventory::InventoryReader,
         root::Root,
-        walk::Links,
         write::{DeltaWriter, Side},
     },
 };
@@ -39,12 +37,11 @@ impl Pool {
         DeltaWriter::new(base, target, request.compare, request.resume.as_ref())
     }
 
-    /// Opens one side of a delta. A snapshot that somebody changed is not sent.
+    /// Opens one side of a delta. A snapshot that somebody changed is not sent: each entry is held against the inventory
+    /// before anything is said of it, in the same walk, and the first one that differs ends the delta.
     fn side(&self, key: SnapshotKey) -> Result<Side> {
         self.stored(OPERATION, key)?;
-        self.refuse_tampered(OPERATION, key)?;
-        let inventory = InventoryReader::open(&self.inventory_path(key))?;
-        Ok(Side { root: Root::open(self.tree_dir(key))?, links: Links::Inventory(Box::new(inventory)) })
+        Ok(Side { root: Root::open(self.tree_dir(key))?, links: self.witness(OPERATION, key)? })
     }
 }
 

@@ -17,7 +17,7 @@ use rustix::fs::OFlags;
 
 use super::{
     catalog::{lay_out_volume, make_head, refuse_blocked},
-    compare::{Joined, Likeness, Pair, Trust, judge, same_contents},
+    compare::{Joined, Likeness, Pair, Trust, same_contents},
     pool::{Pool, Stage},
 };
 use crate::{
@@ -125,18 +125,18 @@ impl Pool {
         if !head.exists() {
             return Ok(HeadState::Clean);
         }
-        let walk = Walk::live(Root::open(&head)?);
+        let root = Root::open(&head)?;
         let Some(tip) = self.tip(volume)? else {
             // Nothing but the root itself.
-            let empty = walk.take(2).collect::<Result<Vec<_>>>()?.len() < 2;
+            let empty = Walk::live(root).take(2).collect::<Result<Vec<_>>>()?.len() < 2;
             return Ok(if empty { HeadState::Clean } else { HeadState::Dirty });
         };
         let Reference { inventory, trust } = self.reference(volume, tip)?;
         let kept = Root::open(self.tree_dir(tip))?;
-        let mut joined = Joined::new(walk, Some(inventory));
+        let mut joined = Joined::with_head(root, Some(inventory));
         while let Some(pair) = joined.next()? {
-            let Pair::Both(entry, record) = pair else { return Ok(HeadState::Dirty) };
-            let same = match judge(&entry, &record, trust, Compare::Metadata) {
+            let Pair::Both(mut entry, record) = pair else { return Ok(HeadState::Dirty) };
+            let same = match joined.judge(&mut entry, &record, trust, Compare::Metadata)? {
                 Likeness::Same => true,
                 Likeness::Different => false,
                 Likeness::Unclear => {
@@ -153,15 +153,12 @@ impl Pool {
 
     /// Copies a snapshot's tree to `head` in a stage, and writes its baseline beside it. Returns the baseline's name.
     fn stage_head(&self, operation: &'static str, from: SnapshotKey, dir: &Path) -> Result<String> {
-        self.refuse_tampered(operation, from)?;
         let failed = |error: io::Error| Error::io(operation, from.snapshot, error);
         let head = dir.join("head");
         make_head(&head).map_err(failed)?;
         let source = Root::open(self.tree_dir(from))?;
-        let links =
-            || InventoryReader::open(&self.inventory_path(from)).map(|reader| Links::Inventory(Box::new(reader)));
         let mut copier = Copier::new(Root::open(&head)?);
-        for entry in Walk::new(source.try_clone()?, links()?) {
+        for entry in self.witnessed(operation, from)? {
             copier.copy(&source, &entry?)?;
         }
         copier.finish()?;
@@ -173,9 +170,9 @@ impl Pool {
         while let Some(pair) = joined.next()? {
             match pair {
                 Pair::Both(entry, record) => {
-                    baseline.add(InventoryEntry { entry, origin: None, digest: record.digest })?;
+                    baseline.add(&InventoryEntry { entry, origin: None, digest: record.digest })?;
                 }
-                Pair::New(entry) => baseline.add(InventoryEntry { entry, origin: None, digest: None })?,
+                Pair::New(entry) => baseline.add(&InventoryEntry { entry, origin: None, digest: None })?,
                 // Not permitted to this user (a device node): then the head lacks it.
                 Pair::Gone(_) => {}
             }

@@ -22,7 +22,6 @@ use rustix::fs::OFlags;
 
 use super::{
     catalog::{StoredSnapshot, check_record, lay_out_volume, refuse_blocked},
-    compare::{Joined, Pair},
     head::logical_bytes,
     pool::{Pool, Stage},
     run,
@@ -40,11 +39,12 @@ use crate::{
     model::{HeadState, HeldSnapshot, Role, SnapshotKey, VolumeId},
     tree::{
         apply::{Applier, Sharing},
+        arrivals::{Arrivals, Sight},
         copy::Copier,
-        entry::EntryKind,
+        entry::{Entry, EntryKind},
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
         root::Root,
-        walk::{Links, Walk},
+        walk::{Attributes, Links, Motion, Walk},
     },
 };
 
@@ -102,22 +102,26 @@ impl Pool {
         }
         if let Some(base) = request.base {
             self.stored(OPERATION, base)?;
-            self.refuse_tampered(OPERATION, base)?;
         }
-        let (stage, taken_before) = match &request.resume {
-            Some(point) => self.stage_again(&request, point)?,
-            None => (self.stage_anew(&request)?, 0),
+        let (stage, taken_before, sight) = match &request.resume {
+            Some(point) => {
+                let (stage, taken_before) = self.stage_again(&request, point)?;
+                (stage, taken_before, Sight::Rest)
+            }
+            None => (self.stage_anew(&request)?, 0, Sight::Whole),
         };
         let progress = Progress::new(taken_before, request.resume.clone());
         let base = request.base.map(|base| Root::open(self.tree_dir(base))).transpose()?;
         // Without a base there is nothing that the staged files could share.
         let sharing = if base.is_some() { Sharing::HardLinked } else { Sharing::Exclusive };
         let tree = Root::open(stage.path().join(TREE))?;
+        let written_by = tree.try_clone()?;
         let on_checkpoint = progress.recorder(&request, stage.path(), "directory.receive.checkpoint");
-        let applier = Applier::new(tree, base, sharing, request.resume.clone(), on_checkpoint)?;
+        let applier = Applier::new(tree, base, sharing, request.resume.clone(), on_checkpoint)?
+            .noting(Arrivals::begin(stage.path(), sight)?);
         fault::point("directory.receive.opened");
         Ok(DirectoryReceiving {
-            work: Some(Work { applier, stage, request, progress, pool: Arc::clone(self), _slot: slot }),
+            work: Some(Work { applier, written_by, stage, request, progress, pool: Arc::clone(self), _slot: slot }),
         })
     }
 
@@ -135,18 +139,21 @@ impl Pool {
     }
 
     fn stage_again(self: &Arc<Self>, request: &ReceiveRequest, point: &ResumePoint) -> Result<(Stage, u64)> {
+        if let Some(base) = request.base {
+            self.refuse_tampered(OPERATION, base)?;
+        }
         let path = self.receive_dir(request.volume.id, request.snapshot.id);
         let received_bytes = partial::check(&path, TREE, request, point)?;
         partial::clear_beside(&path.join(TREE)).map_err(|error| Error::io(OPERATION, path.display(), error))?;
         Ok((self.stage_found(path), received_bytes))
     }
 
-    /// Makes a tree whose files are those of a snapshot, by hard links.
+    /// Makes a tree whose files are those of a snapshot, by hard links. One that somebody changed is refused: each entry is
+    /// held against the inventory before it is linked.
     fn link_tree(&self, from: SnapshotKey, to: &Path) -> Result<()> {
         let source = Root::open(self.tree_dir(from))?;
-        let links = Links::Inventory(Box::new(InventoryReader::open(&self.inventory_path(from))?));
         let mut copier = Copier::new(Root::open(to)?);
-        for entry in Walk::new(source.try_clone()?, links) {
+        for entry in self.witnessed(OPERATION, from)? {
             let entry = entry?;
             let linkable = !matches!(entry.kind, EntryKind::Directory | EntryKind::HardLink { .. });
             if linkable {
@@ -191,6 +198,8 @@ pub(super) struct DirectoryReceiving {
 /// The order of the fields is the order in which they go: first the files are closed, last the volume is free.
 struct Work {
     applier: Applier,
+    /// The tree's root, to sync by.
+    written_by: Root,
     stage: Stage,
     request: ReceiveRequest,
     progress: Arc<Progress>,
@@ -246,14 +255,15 @@ impl Receiving for DirectoryReceiving {
 
 impl Work {
     fn commit(self) -> Result<HeldSnapshot> {
-        let Self { applier, stage, request, pool, _slot, .. } = self;
+        let Self { applier, written_by, stage, request, pool, _slot, .. } = self;
         let volume = request.volume.id;
         let key = SnapshotKey { volume, snapshot: request.snapshot.id };
         let failed = |error: io::Error| Error::io(OPERATION, request.snapshot.id, error);
-        applier.finish()?;
+        let arrivals = applier.complete()?.arrivals;
+        let arrivals = arrivals.map_or_else(|| Arrivals::begin(stage.path(), Sight::Rest), Ok)?;
         let dir = stage.path().join("snapshot");
         let base = request.base.map(|base| InventoryReader::open(&pool.inventory_path(base))).transpose()?;
-        let (logical_bytes, changed) = write_inventory(&dir, base)?;
+        let (logical_bytes, changed) = write_inventory(&dir, base, arrivals)?;
         let extends = pool.volume_dir(volume).exists();
         let parent = request.snapshot.parents.first().copied();
         let stored = StoredSnapshot {
@@ -262,10 +272,10 @@ impl Work {
             logical_bytes,
             snapshot: request.snapshot.clone(),
         };
-        stored.write(&dir).map_err(failed)?;
+        stored.stage(&dir).map_err(failed)?;
         if extends {
             let head = pool.head_to_replace(volume)?;
-            pool.sync(OPERATION)?;
+            written_by.sync()?;
             fault::point("directory.receive.before-publish");
             let publishing = pool.publishing();
             // Head first: a replica without a head is as its newest snapshot, whichever that is.
@@ -281,7 +291,7 @@ impl Work {
             let new = stage.path().join("volume");
             lay_out_volume(&new, &request.volume).map_err(failed)?;
             fs::rename(&dir, new.join("snapshots").join(request.snapshot.id.to_string())).map_err(failed)?;
-            pool.sync(OPERATION)?;
+            written_by.sync()?;
             fault::point("directory.receive.before-publish");
             let _publishing = pool.publishing();
             stage.publish(OPERATION, "volume", &pool.volume_dir(volume))?;
@@ -312,48 +322,64 @@ impl Pool {
 
 /// Writes the inventory of a received tree; returns the bytes of its files, and whether it differs from its base. Files
 /// of one tree share an inode only within their group, so the inodes tell the groups, however many other snapshots link
-/// to them; and a file that the delta left alone has the base's inode.
-fn write_inventory(dir: &Path, base: Option<InventoryReader>) -> Result<(u64, bool)> {
+/// to them; and a file that the delta left alone has the base's inode, and so its attributes and contents. Of what was
+/// written everything is known but what came before a break; only that is read.
+fn write_inventory(dir: &Path, base: Option<InventoryReader>, arrivals: Arrivals) -> Result<(u64, bool)> {
     let (mut bytes, mut changed) = (0, false);
+    let mut arrived = arrivals.into_known()?;
+    let links = match base {
+        Some(base) => Links::Linked(Box::new(base), arrived.take_further_names()),
+        None => Links::ByInode,
+    };
+    let mut walk = Walk::with(Root::open(dir.join("tree"))?, links, Motion::Still, Attributes::OnDemand);
     let mut writer = InventoryWriter::create(&dir.join("inventory"))?;
-    let mut joined = Joined::new(Walk::new(Root::open(dir.join("tree"))?, Links::ByInode), base);
-    while let Some(pair) = joined.next()? {
-        let (entry, digest) = match pair {
-            Pair::Gone(_) => {
-                changed = true;
-                continue;
-            }
-            Pair::New(entry) => {
-                changed = true;
-                // A file that is new here was just written, so reading it is cheap; one that was patched may be huge.
-                let whole = entry.stat.blocks.saturating_mul(512) >= entry.stat.size;
-                let digest = match entry.kind {
-                    EntryKind::File { .. } if whole => {
-                        match joined.walk().open_last(OFlags::RDONLY | OFlags::NONBLOCK) {
-                            Ok(file) => {
-                                let digest = digest(File::from(file));
-                                Some(digest.map_err(|error| Error::io("read", entry.path.to_string(), error))?)
-                            }
-                            // Its mode may keep even its owner from reading it.
-                            Err(error) if matches!(error.kind, ErrorKind::PermissionDenied) => None,
-                            Err(error) => return Err(error),
-                        }
-                    }
-                    _ => None,
-                };
-                (entry, digest)
-            }
-            Pair::Both(entry, record) => {
-                let same_inode = entry.stat.ino == record.entry.stat.ino;
-                changed |= entry.kind != record.entry.kind
-                    || !entry.has_metadata_of(&record.entry)
-                    || (entry.kind != EntryKind::Directory && !same_inode);
-                (entry, record.digest.filter(|_| same_inode))
-            }
+    while let Some(mut entry) = walk.next().transpose()? {
+        let facts = arrived.of(&entry)?;
+        let is_kept =
+            |record: &&InventoryEntry| entry.kind != EntryKind::Directory && entry.stat.ino == record.entry.stat.ino;
+        let kept = walk.recorded().filter(is_kept).map(|record| (record.entry.xattrs.clone(), record.digest));
+        let (xattrs, digest) = match (facts, kept) {
+            (Some(facts), _) => (facts.xattrs, facts.digest),
+            (None, Some((xattrs, digest))) => (Some(xattrs), digest),
+            (None, None) => (None, None),
         };
-        bytes += logical_bytes(&entry.kind);
-        writer.add(InventoryEntry { entry, origin: None, digest })?;
+        match xattrs {
+            Some(xattrs) => entry.xattrs = xattrs,
+            None => walk.load_attributes(&mut entry)?,
+        }
+        let mut item = InventoryEntry { entry, origin: None, digest };
+        match walk.recorded() {
+            Some(record) => {
+                let is_other = item.entry.kind != EntryKind::Directory && item.entry.stat.ino != record.entry.stat.ino;
+                changed |=
+                    is_other || !item.entry.has_metadata_of(&record.entry) || item.entry.kind != record.entry.kind;
+            }
+            None => {
+                changed = true;
+                item.digest =
+                    item.digest.map_or_else(|| read_again(&mut walk, &item.entry), |digest| Ok(Some(digest)))?;
+            }
+        }
+        bytes += logical_bytes(&item.entry.kind);
+        writer.add(&item)?;
     }
     writer.finish()?;
-    Ok((bytes, changed))
+    Ok((bytes, changed || walk.lacks_some()))
+}
+
+/// Hashes a file that came before a break, unless it has holes: then it may be huge.
+fn read_again(walk: &mut Walk, entry: &Entry) -> Result<Option<[u8; 32]>> {
+    let EntryKind::File { size } = entry.kind else { return Ok(None) };
+    if entry.stat.blocks.saturating_mul(512) < size {
+        return Ok(None);
+    }
+    match walk.open_last(OFlags::RDONLY | OFlags::NONBLOCK) {
+        Ok(file) => {
+            let digest = digest(File::from(file));
+            digest.map(Some).map_err(|error| Error::io("read", entry.path.to_string(), error))
+        }
+        // Its mode may keep even its owner from reading it.
+        Err(error) if matches!(error.kind, ErrorKind::PermissionDenied) => Ok(None),
+        Err(error) => Err(error),
+    }
 }

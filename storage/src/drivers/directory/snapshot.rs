@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 
 use super::{
     catalog::StoredSnapshot,
-    compare::{Joined, Likeness, Pair, Trust, judge, same_contents},
+    compare::{Joined, Likeness, Pair, Trust, same_contents},
     head::{Reference, baseline_name, drop_other_baselines, file_system_time, inode, logical_bytes},
     pool::{Pool, Stage},
     verify::digest_beneath,
@@ -92,7 +92,7 @@ impl Pool {
             logical_bytes,
             snapshot: request.snapshot.clone(),
         };
-        stored.write(&stage.path().join("snapshot")).map_err(failed)?;
+        stored.stage(&stage.path().join("snapshot")).map_err(failed)?;
         let baseline = baseline_name(request.snapshot.id, inode(&head).map_err(failed)?, taken);
         warnings.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(Prepared { stage, key, baseline, stored, warnings })
@@ -148,7 +148,7 @@ impl Making {
             }
         };
         Ok(Self {
-            joined: Joined::new(Walk::live(head.try_clone()?), known),
+            joined: Joined::with_head(head.try_clone()?, known),
             head,
             previous,
             trust,
@@ -168,8 +168,9 @@ impl Making {
         while let Some(pair) = self.joined.next()? {
             match pair {
                 Pair::Gone(_) => self.changed = true,
-                Pair::New(entry) => {
+                Pair::New(mut entry) => {
                     self.changed = true;
+                    self.joined.walk().load_attributes(&mut entry)?;
                     self.copy(&entry)?;
                 }
                 Pair::Both(entry, record) => self.keep(entry, *record)?,
@@ -182,8 +183,8 @@ impl Making {
         Ok(Made { changed: self.changed, logical_bytes: self.logical_bytes, warnings: self.warnings })
     }
 
-    fn keep(&mut self, entry: Entry, record: InventoryEntry) -> Result<()> {
-        let same = match judge(&entry, &record, self.trust, self.compare) {
+    fn keep(&mut self, mut entry: Entry, record: InventoryEntry) -> Result<()> {
+        let same = match self.joined.judge(&mut entry, &record, self.trust, self.compare)? {
             Likeness::Same => true,
             Likeness::Different => false,
             Likeness::Unclear => {
@@ -236,7 +237,7 @@ impl Making {
             (None, EntryKind::File { .. }, Compare::Contents) => digest_beneath(&self.tree, &entry.path)?,
             _ => known,
         };
-        self.baseline.add(InventoryEntry { entry, origin: None, digest })
+        self.baseline.add(&InventoryEntry { entry, origin: None, digest })
     }
 }
 
@@ -262,7 +263,7 @@ fn write_inventory(stage: &Stage, previous: Previous) -> Result<bool> {
             return Ok(false);
         }
         let digest = record.and_then(|record| record.digest);
-        writer.add(InventoryEntry { entry, origin: None, digest })?;
+        writer.add(&InventoryEntry { entry, origin: None, digest })?;
     }
     writer.finish()?;
     Ok(true)
@@ -270,5 +271,9 @@ fn write_inventory(stage: &Stage, previous: Previous) -> Result<bool> {
 
 /// Compares what even a user who may not set owners can keep.
 fn is_faithful(made: &Entry, wanted: &Entry) -> bool {
-    made.kind == wanted.kind && made.mtime == wanted.mtime && made.mode & 0o777 == wanted.mode & 0o777
+    let are_users = |xattr: &&(Vec<u8>, Vec<u8>)| xattr.0.starts_with(b"user.");
+    made.kind == wanted.kind
+        && made.mtime == wanted.mtime
+        && made.mode & 0o777 == wanted.mode & 0o777
+        && made.xattrs.iter().filter(are_users).eq(wanted.xattrs.iter().filter(are_users))
 }

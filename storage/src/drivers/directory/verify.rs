@@ -18,7 +18,8 @@ use crate::{
         inventory::{InventoryEntry, InventoryReader},
         path::TreePath,
         root::Root,
-        walk::{Links, Walk},
+        walk::{Attributes, Links, Motion, Walk},
+        witness::{Witness, difference},
     },
 };
 
@@ -39,17 +40,19 @@ impl Pool {
 
     /// Fails on the first difference in metadata.
     pub(super) fn refuse_tampered(&self, operation: &'static str, key: SnapshotKey) -> Result<()> {
-        let mut first = None;
-        self.differences(key, Compare::Metadata, |finding| {
-            first = Some(finding);
-            false
-        })?;
-        match first {
-            None => Ok(()),
-            Some(Finding { path, what }) => {
-                Err(Error::new(operation, key.snapshot, ErrorKind::Tampered { path: path.into(), what }))
-            }
-        }
+        self.witnessed(operation, key)?.try_for_each(|entry| entry.map(drop))
+    }
+
+    /// Walks a snapshot's tree. The first difference in metadata ends it with an error, so that whoever walks it to its end
+    /// need not have looked before.
+    pub(super) fn witnessed(&self, operation: &'static str, key: SnapshotKey) -> Result<Walk> {
+        let links = self.witness(operation, key)?;
+        Ok(Walk::with(Root::open(self.tree_dir(key))?, links, Motion::Still, Attributes::OnDemand))
+    }
+
+    pub(super) fn witness(&self, operation: &'static str, key: SnapshotKey) -> Result<Links> {
+        let inventory = InventoryReader::open(&self.inventory_path(key))?;
+        Ok(Links::Witnessed(Witness::new(inventory, operation, key.snapshot)))
     }
 
     fn differences(&self, key: SnapshotKey, compare: Compare, mut report: impl FnMut(Finding) -> bool) -> Result<()> {
@@ -62,7 +65,7 @@ impl Pool {
                 Pair::New(entry) => (entry.path, Some("it was added".to_owned())),
                 Pair::Gone(record) => (record.entry.path, Some("it is missing".to_owned())),
                 Pair::Both(entry, record) => {
-                    let what = match differs(&entry, &record.entry) {
+                    let what = match difference(&entry, &record.entry) {
                         None if compare == Compare::Contents => reread(&mut joined, &entry, &record)?,
                         what => what,
                     };
@@ -83,40 +86,6 @@ impl Pool {
         }
         Ok(())
     }
-}
-
-/// Says what differs, of all that a link into a further snapshot leaves alone (which the ctime and the links are not).
-fn differs(entry: &Entry, record: &Entry) -> Option<String> {
-    let of = |what: &str| Some(format!("its {what} changed"));
-    match (&entry.kind, &record.kind) {
-        (EntryKind::File { size: now }, EntryKind::File { size: then }) if now != then => {
-            return Some(format!("its size changed from {then} to {now} bytes"));
-        }
-        (now, then) if now.word() != then.word() => {
-            return Some(format!("it changed from a {} to a {}", then.word(), now.word()));
-        }
-        (EntryKind::Symlink { target: now }, EntryKind::Symlink { target: then }) if now != then => {
-            return of("target");
-        }
-        (now, then) if now != then => return of("kind"),
-        _ => {}
-    }
-    if entry.mode != record.mode {
-        return Some(format!("its mode changed from {:04o} to {:04o}", record.mode, entry.mode));
-    }
-    if (entry.uid, entry.gid) != (record.uid, record.gid) {
-        return of("owner");
-    }
-    if entry.mtime != record.mtime {
-        return of("modification time");
-    }
-    if entry.xattrs != record.xattrs {
-        return of("extended attributes");
-    }
-    if entry.stat.ino != record.stat.ino {
-        return Some("it was replaced by another inode".to_owned());
-    }
-    None
 }
 
 /// Reads a file whose digest is known.
