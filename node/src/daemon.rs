@@ -17,6 +17,7 @@ use rustix::fs::FlockOperation;
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{Signal, SignalKind, signal},
+    sync::Semaphore,
     task::JoinSet,
 };
 use tokio_util::{
@@ -30,6 +31,7 @@ use crate::{
     catalog::{Catalog, Pins},
     config::{Config, ConfigError, DEFAULT_PORT, Paths, WIPE_IS_NOT_KEPT},
     events::Events,
+    export::TARBALLS_LIMIT,
     handoff::HandOffs,
     inbox::Inbox,
     kept::Kept,
@@ -128,6 +130,8 @@ pub(crate) struct Node {
     pub(crate) handoffs: HandOffs,
     pub(crate) superseded: Superseded,
     pub(crate) kept: Kept,
+    /// Places for exports and imports.
+    pub(crate) tarballs: Arc<Semaphore>,
     pub(crate) endpoint: Endpoint,
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
@@ -300,6 +304,7 @@ impl Node {
             handoffs: HandOffs::default(),
             superseded: Superseded::default(),
             kept: Kept::default(),
+            tarballs: Arc::new(Semaphore::new(TARBALLS_LIMIT)),
             endpoint,
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),

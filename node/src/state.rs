@@ -131,6 +131,11 @@ pub(crate) enum Operation {
         /// The snapshot that it makes.
         snapshot: SnapshotId,
     },
+    /// A tarball is unpacked into this volume, which is to be destroyed.
+    Import {
+        /// The volume to destroy.
+        staging: VolumeId,
+    },
     /// The volume is handed over to a peer.
     HandOff(Box<HandOff>),
 }

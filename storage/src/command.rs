@@ -67,6 +67,14 @@ impl CommandError {
         &self.stdout
     }
 
+    /// Returns the exit code of a program that ran and ended by itself.
+    pub fn code(&self) -> Option<i32> {
+        match &self.why {
+            Why::Io(_) => None,
+            Why::Failed { status, .. } => status.code(),
+        }
+    }
+
     /// Tells whether the program is not installed.
     pub fn is_missing(&self) -> bool {
         matches!(&self.why, Why::Io(error) if error.kind() == io::ErrorKind::NotFound)
@@ -207,6 +215,11 @@ impl Running {
 
     /// Ends its input and waits for it to end.
     pub fn finish(&self) -> Result<(), CommandError> {
+        self.finish_hearing().map(drop)
+    }
+
+    /// Like [`finish`](Self::finish); returns what it wrote to standard error although it succeeded.
+    pub fn finish_hearing(&self) -> Result<String, CommandError> {
         drop(self.take_stdin());
         // Closing the pipe instead would kill a program that says good-bye.
         if let Some(mut stdout) = self.take_stdout() {
@@ -214,7 +227,7 @@ impl Running {
         }
         let status = locked(&self.child).wait().map_err(|error| self.failed(Why::Io(error)))?;
         let stderr = locked(&self.complaints).take().and_then(|thread| thread.join().ok()).unwrap_or_default();
-        if status.success() { Ok(()) } else { Err(self.failed(Why::Failed { status, stderr })) }
+        if status.success() { Ok(stderr) } else { Err(self.failed(Why::Failed { status, stderr })) }
     }
 
     /// Waits for it to end by itself, this long at most; tells whether it did. Its output must be small.

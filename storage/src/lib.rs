@@ -18,4 +18,6 @@ pub mod model;
 pub mod records;
 #[cfg(feature = "simulation")]
 pub mod simulation;
+#[cfg(feature = "tarball")]
+pub mod tarball;
 pub mod tree;

@@ -8,6 +8,7 @@ mod history;
 mod merge;
 mod node;
 mod snapshots;
+mod tarball;
 mod transfers;
 mod volumes;
 
@@ -125,6 +126,10 @@ enum Command {
     Rollback(snapshots::RollbackArgs),
     /// Make a new volume out of a snapshot
     Clone(snapshots::CloneArgs),
+    /// Write a snapshot as a tarball
+    Export(tarball::ExportArgs),
+    /// Make a volume out of a tarball
+    Import(tarball::ImportArgs),
     /// Show what differs between two snapshots or volumes
     Diff(merge::DiffArgs),
     /// Merge another volume's history into a volume: one snapshot with two parents
@@ -297,6 +302,8 @@ impl Session<'_> {
             Command::Log(args) => self.log(args).await?,
             Command::Rollback(args) => self.rollback(args).await?,
             Command::Clone(args) => self.clone_snapshot(args).await?,
+            Command::Export(args) => self.export(args).await?,
+            Command::Import(args) => self.import(args).await?,
             Command::Diff(args) => self.diff(args).await?,
             Command::Merge(args) => return self.merge(args).await,
             Command::Promote { volume, force } => self.promote(&volume, force).await?,
@@ -349,6 +356,8 @@ mod tests {
             (&["token", "create", "--ttl", "soon"], &["1h 30m"]),
             (&["merge", "db", "fork", "--conflicts", "maybe"], &["stop", "keep-both", "ours", "theirs"]),
             (&["diff", "db@", "db"], &["snapshot name"]),
+            (&["export", "db@one", "--compress", "xz"], &["none", "zstd", "gzip"]),
+            (&["import", "a/b", "file"], &["\"a/b\" is not a volume name"]),
         ];
         for (arguments, words) in cases {
             let said = refused(arguments);

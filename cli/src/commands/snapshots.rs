@@ -141,7 +141,7 @@ impl Session<'_> {
         }
     }
 
-    async fn newest(&self, volume: VolumeName) -> anyhow::Result<SnapshotRef> {
+    pub(super) async fn newest(&self, volume: VolumeName) -> anyhow::Result<SnapshotRef> {
         match self.client.volume(&volume).await?.tip {
             Some(tip) => Ok(SnapshotRef { volume: tip.volume, snapshot: tip.name }),
             None => {

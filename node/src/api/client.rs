@@ -393,7 +393,7 @@ pub(super) fn volume_path(name: &VolumeName, rest: &str) -> String {
     format!("/v1/volumes/{name}{rest}")
 }
 
-fn snapshot_path(snapshot: &SnapshotRef, rest: &str) -> String {
+pub(super) fn snapshot_path(snapshot: &SnapshotRef, rest: &str) -> String {
     format!("/v1/volumes/{}/snapshots/{}{rest}", snapshot.volume, snapshot.snapshot)
 }
 

@@ -1,4 +1,4 @@
-//! The client's side of an answer that comes as JSON lines, each taken when it has arrived.
+//! The client's side of an answer that comes as JSON lines, or as mere bytes, each piece taken when it has arrived.
 //!
 //! Owns framing and its limit. Refuses to know what a line says.
 
@@ -92,6 +92,16 @@ impl Lines<'_> {
                 return Ok(None);
             }
         }
+    }
+
+    /// Returns the next bytes, `None` at the end.
+    pub(super) async fn bytes(&mut self) -> Result<Option<Bytes>> {
+        while self.buffer.is_empty() {
+            if !self.more().await? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(self.buffer.split().freeze()))
     }
 
     /// Takes in the next piece of the body; `false` at its end.

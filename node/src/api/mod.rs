@@ -9,6 +9,7 @@ mod nodes;
 pub mod ownership;
 pub(crate) mod server;
 mod snapshots;
+pub mod tarball;
 mod transfers;
 pub mod types;
 mod volumes;

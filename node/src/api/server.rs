@@ -11,13 +11,13 @@ use axum::{
     extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request},
     http::{StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{diff, events, merge, nodes, ownership, snapshots, transfers, types::ApiProblem, volumes};
+use super::{diff, events, merge, nodes, ownership, snapshots, tarball, transfers, types::ApiProblem, volumes};
 use crate::{daemon::Node, problem::problem};
 
 /// The largest request body: metadata's limit, quoted and escaped.
@@ -38,6 +38,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/volumes/{name}/promote", post(ownership::promote))
         .route("/v1/volumes/{name}/handoff", post(ownership::hand_off))
         .route("/v1/volumes/{name}/merge", post(merge::merge))
+        .route("/v1/volumes/{name}/import", put(tarball::import))
         .route("/v1/diff", get(diff::diff))
         .route("/v1/volumes/{name}/history", get(volumes::history))
         .route("/v1/volumes/{name}/push", post(transfers::push))
@@ -47,6 +48,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/volumes/{name}/snapshots/{snapshot}/clone", post(snapshots::clone))
         .route("/v1/volumes/{name}/snapshots/{snapshot}/verify", post(snapshots::verify))
         .route("/v1/events", get(events::events))
+        .route("/v1/volumes/{name}/snapshots/{snapshot}/export", get(tarball::export))
         .route("/v1/transfers", get(transfers::list))
         .route("/v1/transfers/{id}", get(transfers::inspect))
         .route("/v1/transfers/{id}/cancel", post(transfers::cancel))

@@ -21,12 +21,14 @@ use flocker_replication::{
 };
 use flocker_storage::{
     clock,
-    delta::{DeltaFormat, ReceiveRequest},
+    delta::{DeltaFormat, ReceiveRequest, Receiving},
     driver::Target,
     error::{ErrorKind, Result as StorageResult},
     fault,
     model::{HeadState, HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeName},
+    tree::write::DeltaWriter,
 };
+use tokio_util::sync::CancellationToken;
 
 use self::weaving::Trees;
 use crate::{
@@ -258,7 +260,7 @@ impl Node {
     ) -> Result<HeldSnapshot> {
         let ours_again = self.driver.view(Target::Snapshot(three.ours.volume, three.ours.snapshot.id)).await?;
         let trees = self.trees(three).await?;
-        let mut writer = blocking(move || weaving::write(trees, ours_again, plan)).await?;
+        let writer = blocking(move || weaving::write(trees, ours_again, plan)).await?;
         let request = ReceiveRequest {
             volume: volume.record.clone(),
             snapshot,
@@ -267,24 +269,7 @@ impl Node {
             resume: None,
         };
         let mut receiving = self.driver.receive(request).await?;
-        loop {
-            let (back, chunk) = blocking(move || {
-                let chunk = writer.next_chunk()?;
-                Ok((writer, chunk))
-            })
-            .await?;
-            writer = back;
-            match chunk {
-                Some(chunk) => receiving.write(chunk).await?,
-                None => break,
-            }
-        }
-        // Closed before the commit, which may have to rearrange what it read.
-        blocking(move || {
-            drop(writer);
-            Ok(())
-        })
-        .await?;
+        feed(writer, &mut *receiving, &CancellationToken::new()).await?;
         fault::point("node.merge.before-commit");
         Ok(receiving.commit().await?)
     }
@@ -316,7 +301,29 @@ fn resource(conflict: &Conflict) -> ConflictResource {
     ConflictResource::from(conflict)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> StorageResult<T> + Send + 'static) -> Result<T> {
+/// Has a driver take in what a delta is written as; tells whether that came to its end before `stop`. In any case the trees that
+/// it is written from are closed then: a commit may have to rearrange them.
+pub(crate) async fn feed(
+    mut writer: DeltaWriter,
+    receiving: &mut dyn Receiving,
+    stop: &CancellationToken,
+) -> Result<bool> {
+    loop {
+        let stopped = stop.is_cancelled();
+        let next = blocking(move || {
+            if stopped {
+                return Ok(None);
+            }
+            Ok(writer.next_chunk()?.map(|chunk| (writer, chunk)))
+        });
+        let Some((back, chunk)) = next.await? else { return Ok(!stopped) };
+        writer = back;
+        receiving.write(chunk).await?;
+    }
+}
+
+/// Does work that blocks on a thread for it.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> StorageResult<T> + Send + 'static) -> Result<T> {
     #[cfg(feature = "simulation")]
     if flocker_storage::simulation::is_running() {
         return Ok(work()?);

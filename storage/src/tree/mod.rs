@@ -15,6 +15,7 @@ pub mod compose;
 pub mod copy;
 mod data;
 pub mod diff;
+pub mod digest;
 pub mod entry;
 mod extents;
 mod findings;

@@ -80,6 +80,11 @@ impl TreeView {
 }
 
 impl TreeView {
+    /// Returns the tree's root, which is readable while the view lives.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
     pub(super) fn into_side(self) -> (Side, Option<Guard>) {
         (Side { root: self.root, links: self.links }, self.guard)
     }

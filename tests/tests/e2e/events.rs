@@ -54,9 +54,7 @@ fn all_events(node: &mut Node, after: &str) -> Vec<Value> {
     // What is over already is told before the stream ends, however late the listener came: it is ended by the daemon alone.
     let mut witness = Listener::start(node, &format!("Last-Event-ID: {BEFORE_ALL}\r\n"));
     assert_eq!(witness.next()["event"], "lost");
-    flocker_tests::wait_until("the command listens", LONG, || {
-        (listeners(node) >= before + 2).then_some(())
-    });
+    flocker_tests::wait_until("the command listens", LONG, || (listeners(node) >= before + 2).then_some(()));
     node.stop();
     let ended = listening.finish(LONG).ends_with(5).says(&["the daemon has stopped", "flocker events --after"]);
     ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()

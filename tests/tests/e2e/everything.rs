@@ -22,7 +22,7 @@ use flocker_tests::{
 };
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Timespec, Timestamps, XattrFlags};
 
-fn set_times(path: &Path, seconds: i64, nanos: i64) {
+pub(crate) fn set_times(path: &Path, seconds: i64, nanos: i64) {
     let time = Timespec { tv_sec: seconds, tv_nsec: nanos };
     let times = Timestamps { last_access: time, last_modification: time };
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
@@ -34,7 +34,7 @@ fn set_xattr(path: &Path, name: &str, value: &[u8]) {
 }
 
 /// Makes one of everything that any user may make.
-fn write_everything(root: &Path) {
+pub(crate) fn write_everything(root: &Path) {
     fs::create_dir_all(root.join("a/b/c")).unwrap();
     fs::create_dir(root.join("empty")).unwrap();
     fs::write(root.join("plain"), "plain").unwrap();
@@ -91,7 +91,7 @@ fn write_everything(root: &Path) {
 }
 
 /// Makes what only root may make.
-fn write_for_root(root: &Path) {
+pub(crate) fn write_for_root(root: &Path) {
     let device = |name: &str, kind, number| {
         rustix::fs::mknodat(CWD, root.join(name), kind, Mode::from_raw_mode(0o660), number).unwrap();
     };
@@ -114,7 +114,7 @@ fn write_for_root(root: &Path) {
     }
 }
 
-fn write_acls(root: &Path) {
+pub(crate) fn write_acls(root: &Path) {
     fs::write(root.join("with-acl"), "x").unwrap();
     run(Command::new("setfacl").args(["-m", "u:1234:rw,g:4321:r"]).arg(root.join("with-acl")));
     run(Command::new("setfacl").args(["-d", "-m", "u:1234:rwx"]).arg(root.join("sticky")));

@@ -71,6 +71,7 @@ fn dying_at_a_journal_step_leaves_nothing_half_4_of_4() {
 /// Runs every verb once with a fault point on both nodes; tells whether one died of it.
 fn survives(point: &str) -> bool {
     let mut cluster = Cluster::start(2);
+    let tarball = cluster.scratch.path().join("db.tar").to_str().unwrap().to_owned();
     for node in &mut cluster.nodes {
         node.kill9();
         node.fault = Some(point.to_owned());
@@ -123,6 +124,9 @@ fn survives(point: &str) -> bool {
     step(0, &["destroy", "late"]);
     step(0, &["destroy", "newer"]);
     step(0, &["rollback", "db@two", "--discard-newer"]);
+    step(0, &["export", "db@two", "-o", &tarball]);
+    step(0, &["import", "new", &tarball, "--as-new"]);
+    step(0, &["destroy", "new"]);
     step(0, &["set", "db", "k=w"]);
     step(1, &["destroy", "copy"]);
     step(0, &["destroy", "copy"]);

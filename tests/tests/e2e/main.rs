@@ -28,6 +28,7 @@ mod readme;
 mod recovery;
 mod refusals;
 mod resolution;
+mod tarball;
 mod terminal;
 mod verbs;
 mod zfs;
