@@ -101,7 +101,7 @@ impl Case {
         }
         if name == "delta" {
             let blocks = (scaled(2.5e8) / 100 / 4096).max(1) as u32;
-            let change = |number| scribble(&source.join(format!("table-{number}")), 100 + number, blocks);
+            let change = |number: u64| scribble(&source.join(format!("table-{number}")), 100 + number, blocks);
             changed_bytes = Some((0..4).map(change).sum::<u64>() * 4096);
         }
         if rounds == 1 {

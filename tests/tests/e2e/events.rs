@@ -112,7 +112,7 @@ fn all_that_happens_is_told_in_order_on_both_nodes() {
     assert!(lines.contains(&"transfer db running".to_owned()), "its beginning is told, too: {lines:?}");
     let done = heard.iter().find(|event| event["state"] == "done").unwrap();
     assert!(done["progress"]["wire_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{done}");
-    let numbers: Vec<u64> = heard.iter().map(|event| number(event)).collect();
+    let numbers: Vec<u64> = heard.iter().map(number).collect();
     assert_eq!(numbers, (0..heard.len() as u64).collect::<Vec<_>>(), "none is left out");
 
     assert_eq!(told(&all_events(b, BEFORE_ALL)), ["lost", "volume-added db", "snapshot-added db one host-a"]);
