@@ -14,6 +14,7 @@ use flocker_tests::{
     invariants::{array, assert_sound, histories, leftovers, text, wait_tidy},
     require,
     scratch::{FileSystem, run},
+    terminal::OnTerminal,
     tree::{Listing, assert_equal, assert_same},
     wait_until,
 };
@@ -430,7 +431,7 @@ fn a_client_that_goes_away_ends_what_it_asked_for() {
 }
 
 #[test]
-fn a_reader_that_stops_is_no_success_and_ctrl_c_leaves_no_file() {
+fn an_export_that_does_not_come_to_its_end_is_no_success() {
     let cluster = Cluster::start(1);
     let node = &cluster.nodes[0];
     write_random(&node.create_mounted("db").join("data"), 309, 30 << 20);
@@ -448,6 +449,44 @@ fn a_reader_that_stops_is_no_success_and_ctrl_c_leaves_no_file() {
     let missing = cluster.scratch.path().join("no/such/folder/db.tar");
     node.cli(&["export", "db@one", "-o", missing.to_str().unwrap()]).ends_with(1).says(&["no/such/folder"]);
     node.cli(&["import", "copy", missing.to_str().unwrap()]).ends_with(3).says(&["no/such/folder"]);
+}
+
+#[test]
+fn ctrl_c_ends_an_export_and_leaves_no_file() {
+    let cluster = Cluster::start(1);
+    let node = &cluster.nodes[0];
+    node.create_mounted("db");
+    node.cli(&["snapshot", "db@one"]).ok();
+    let folder = cluster.scratch.folder("out");
+    let file = folder.join("db.tar");
+
+    let output = node.frozen(|| {
+        let exporting = node.start_cli(&["export", "db@one", "-o", file.to_str().unwrap()]);
+        wait_until("the export waits for the daemon", SHORT, || {
+            fs::read_dir(&folder).unwrap().next().map(|found| found.unwrap())
+        });
+        let pid = rustix::process::Pid::from_raw(exporting.pid().try_into().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        exporting.finish(SHORT)
+    });
+
+    output.ends_with(130).says(&["db.tar", "was not written"]);
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+}
+
+#[test]
+fn a_terminal_gets_no_tarball_and_gives_none() {
+    let cluster = Cluster::start(1);
+    let node = &cluster.nodes[0];
+    node.create_mounted("db");
+    node.cli(&["snapshot", "db@one"]).ok();
+
+    for (call, hint) in [(["export", "db@one"], "-o FILE"), (["import", "copy"], "flocker import copy FILE")] {
+        let (code, said) = OnTerminal::start(&mut flocker(&node.state, &call)).finish(SHORT);
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains(hint), "{said}");
+    }
+    assert_eq!(histories(node).len(), 1);
 }
 
 #[test]
