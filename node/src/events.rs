@@ -99,7 +99,7 @@ impl Events {
     }
 
     /// The place of a listener that wants what comes from now on.
-    pub(crate) fn from_now(&self) -> Place {
+    pub(crate) fn newest_place(&self) -> Place {
         Place(EventId { run: self.run, number: *self.newest.borrow() })
     }
 
@@ -161,14 +161,14 @@ mod tests {
     async fn a_listener_hears_all_in_order_from_where_it_was() {
         let events = Events::default();
         told(&events, 1);
-        let mut place = events.from_now();
+        let mut place = events.newest_place();
         assert!(events.after(&mut place).is_none(), "what was before is not told");
         told(&events, 3);
         let numbers = [events.next(&mut place).await, events.next(&mut place).await].map(|event| event.unwrap().id);
         assert_eq!(numbers.map(|id| id.number), [2, 3]);
         let mut other = Place(numbers[0]);
         assert_eq!(events.next(&mut other).await.unwrap().id, numbers[1]);
-        let mut waiting = events.from_now();
+        let mut waiting = events.newest_place();
         assert!(events.after(&mut waiting).is_none());
         let (heard, ()) = tokio::join!(events.next(&mut waiting), async { told(&events, 1) });
         assert_eq!(heard.unwrap().id.number, 5);

@@ -211,7 +211,7 @@ pub(crate) async fn events(
 ) -> Result<Sse<impl Stream<Item = std::result::Result<Frame, Infallible>>>> {
     let last = headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let place = match last.or(query.after) {
-        None => node.events.from_now(),
+        None => node.events.newest_place(),
         Some(text) => {
             Place(text.parse().map_err(|error: NotAnEventId| problem(400, "bad_request", error.to_string()))?)
         }
