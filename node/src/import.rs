@@ -108,14 +108,14 @@ impl Node {
         let _reserved = self.catalog.reserve(&name)?;
         blocking(tarball::check_program).await?;
         let staging = VolumeId::mint();
-        let operation = format!("import-{staging}");
-        self.state.begin(operation.clone(), &Operation::Import { staging }).await?;
+        let operation = journal_entry(staging);
+        self.state.begin(operation.clone(), &Operation::Import { staging, into: None }).await?;
         fault::point("node.import.journalled");
         let imported = self.import_through(staging, &name, identity, body, &stop).await;
         if let Err(problem) = &imported {
             tracing::info!(volume = %name, "an import failed: {}", problem.detail);
         }
-        match self.clear_import(staging).await {
+        match self.clear_import(staging, None).await {
             Ok(()) => {
                 fault::point("node.import.cleared");
                 self.state.end(operation).await?;
@@ -129,8 +129,11 @@ impl Node {
         imported
     }
 
-    /// Destroys what a tarball was unpacked into.
-    pub(crate) async fn clear_import(&self, staging: VolumeId) -> Result<()> {
+    /// Destroys what a tarball was unpacked into, and what the driver had taken in of it when it was interrupted.
+    pub(crate) async fn clear_import(&self, staging: VolumeId, into: Option<VolumeId>) -> Result<()> {
+        if let Some(into) = into {
+            self.driver.discard_partial(into).await?;
+        }
         let cleared = match self.driver.detach(Target::Head(staging)).await {
             Ok(()) => self.driver.destroy(staging).await,
             failed => failed,
@@ -164,7 +167,7 @@ impl Node {
             // All that is preserved was kept, whatever tar could not do besides.
             findings.clear();
         }
-        let held = self.take_in_tree(&landing, root, stop, &mut findings).await?;
+        let held = self.take_in_tree(staging, &landing, root, stop, &mut findings).await?;
         fault::point("node.import.committed");
         let volume = Volume { record: landing.record, snapshots: vec![held.clone()] };
         self.catalog.put(volume.clone());
@@ -264,6 +267,7 @@ impl Node {
     /// Has the driver take the tree in, as the one snapshot of a volume that is made by the same step.
     async fn take_in_tree(
         &self,
+        staging: VolumeId,
         landing: &Landing,
         root: Root,
         stop: &CancellationToken,
@@ -287,6 +291,21 @@ impl Node {
             format: DeltaFormat::tree(),
             resume: None,
         };
+        self.state.begin(journal_entry(staging), &Operation::Import { staging, into: Some(id) }).await?;
+        let arrived = self.feed_driver(request, root, stop, findings).await;
+        if arrived.is_err() {
+            self.driver.discard_partial(id).await?;
+        }
+        arrived
+    }
+
+    async fn feed_driver(
+        &self,
+        request: ReceiveRequest,
+        root: Root,
+        stop: &CancellationToken,
+        findings: &mut Vec<Finding>,
+    ) -> Result<HeldSnapshot> {
         let mut receiving = self.driver.receive(request).await?;
         let side = Side { root, links: Links::ByInode };
         let writer = blocking(move || DeltaWriter::new(None, side, Compare::Metadata, None)).await?;
@@ -297,6 +316,11 @@ impl Node {
         fault::point("node.import.before-commit");
         Ok(receiving.commit().await?)
     }
+}
+
+/// Names the operation in the state database.
+fn journal_entry(staging: VolumeId) -> String {
+    format!("import-{staging}")
 }
 
 /// Says why a tarball that names a snapshot does not hold it.

@@ -135,6 +135,9 @@ pub(crate) enum Operation {
     Import {
         /// The volume to destroy.
         staging: VolumeId,
+        /// What it becomes, once the driver takes it in: what of that has not arrived in full is thrown away.
+        #[serde(default)]
+        into: Option<VolumeId>,
     },
     /// The volume is handed over to a peer.
     HandOff(Box<HandOff>),

@@ -349,7 +349,7 @@ impl Node {
                     Err(error) if !matches!(error.kind, ErrorKind::NotFound) => return Err(error.into()),
                     _ => Ok(()),
                 },
-                Operation::Import { staging } => self.clear_import(*staging).await,
+                Operation::Import { staging, into } => self.clear_import(*staging, *into).await,
                 Operation::Adopt(adoption) => self.carry_out(adoption).await,
                 Operation::Rename(renaming) => self.carry_out_renaming(renaming).await,
                 Operation::Merge { volume, snapshot } => self.finish_merge(*volume, *snapshot).await,
