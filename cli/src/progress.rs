@@ -16,7 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::output::{Output, human_bytes, human_millis, route};
 
-/// How often the daemon is asked.
+/// How often what is shown is renewed; the daemon tells a transfer's end at once.
 const POLL: Duration = Duration::from_millis(200);
 
 /// How long an interrupted transfer is waited for before the user is left to come back to it.
@@ -73,12 +73,11 @@ pub(crate) async fn follow(
         } else {
             interrupted_since = None;
         }
-        tokio::select! {
+        transfer = tokio::select! {
             biased;
             () = interrupt.pressed() => return Ok(Followed::Stopped(Box::new(transfer))),
-            () = tokio::time::sleep(POLL) => {}
-        }
-        transfer = client.transfer(&transfer.id).await?;
+            now = client.transfer(&transfer.id, POLL) => now?,
+        };
     }
     display.show(&transfer);
     Ok(Followed::Final(Box::new(transfer)))
@@ -89,13 +88,12 @@ pub(crate) async fn cancel(client: &Client, id: &str, interrupt: &mut Interrupt)
     let mut transfer = client.cancel_transfer(id).await?;
     let mut limit = pin!(tokio::time::sleep(CANCEL_LIMIT));
     while !transfer.state.is_final() {
-        tokio::select! {
+        transfer = tokio::select! {
             biased;
             () = interrupt.pressed() => break,
             () = &mut limit => break,
-            () = tokio::time::sleep(POLL / 4) => {}
-        }
-        transfer = client.transfer(id).await?;
+            now = client.transfer(id, POLL) => now?,
+        };
     }
     Ok(transfer)
 }

@@ -92,7 +92,7 @@ fn transfer(state: &str, more: Value) -> Value {
 fn push_that_ends(state: &'static str, more: Value) -> Fake {
     Fake::new(move |request, _| match request {
         "POST /v1/volumes/db/push" => (202, transfer("running", json!({}))),
-        "GET /v1/transfers/0190-abcd" => (200, transfer(state, more.clone())),
+        "GET /v1/transfers/0190-abcd?wait_ms=200" => (200, transfer(state, more.clone())),
         _ => (500, json!({"status": 500, "code": "internal", "detail": "not in the script"})),
     })
 }
@@ -142,7 +142,7 @@ fn a_detached_push_prints_its_id_and_leaves() {
     let fake = push_that_ends("running", json!({}));
     let left = fake.run(&["push", "db@two", "host-b", "--detach"]);
     assert_eq!((left.status.code(), text(&left.stdout)), (Some(0), "0190-abcd\n".to_owned()));
-    assert!(!fake.was_asked("GET /v1/transfers/0190-abcd"));
+    assert!(!fake.was_asked("GET /v1/transfers/0190-abcd?wait_ms=200"));
 }
 
 #[test]
@@ -206,7 +206,7 @@ fn ctrl_c_cancels_the_push_and_ends_with_130() {
     let mut command = fake.command(&["push", "db@two", "host-b", "--output", "json"]);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !fake.was_asked("GET /v1/transfers/0190-abcd") {
+    while !fake.was_asked("GET /v1/transfers/0190-abcd?wait_ms=200") {
         assert!(Instant::now() < deadline, "the push is never asked for");
         std::thread::yield_now();
     }

@@ -1,6 +1,6 @@
 //! `push`, `pull`, `transfers`.
 
-use std::{io::Write as _, num::NonZeroU64};
+use std::{io::Write as _, num::NonZeroU64, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -203,7 +203,7 @@ impl Session<'_> {
 
     /// Finds a transfer by its id, or by a beginning or end that no other id has.
     async fn find(&self, id: &str) -> anyhow::Result<TransferResource> {
-        match self.client.transfer(id).await {
+        match self.client.transfer(id, Duration::ZERO).await {
             Err(ClientError::Problem(problem)) if matches!(problem.status, 400 | 404 | 422) => {
                 let found = choose(self.client.transfers().await?, id)?;
                 found.ok_or(ClientError::Problem(problem)).with_context(|| format!("cannot find transfer {id}"))

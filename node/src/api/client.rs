@@ -288,9 +288,9 @@ impl Client {
         self.read("/v1/transfers".into()).await
     }
 
-    /// Describes a transfer.
-    pub async fn transfer(&self, id: &str) -> Result<TransferResource> {
-        self.read(transfer_path(id, "")?).await
+    /// Describes a transfer as soon as it is over, or after `wait`; the daemon waits ten seconds at most.
+    pub async fn transfer(&self, id: &str, wait: Duration) -> Result<TransferResource> {
+        self.read(transfer_path(id, &format!("?wait_ms={}", wait.as_millis()))?).await
     }
 
     /// Cancels a transfer.
@@ -589,7 +589,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_transfer_id_that_would_change_the_path_is_not_sent() {
-        let error = Client::new("/nowhere".into()).transfer("../volumes/db").await.unwrap_err();
+        let error = Client::new("/nowhere".into()).transfer("../volumes/db", Duration::ZERO).await.unwrap_err();
         assert!(matches!(error, ClientError::NotAnId(_)), "{error:?}");
     }
 }
