@@ -9,7 +9,7 @@ use std::{
 
 use flocker_node::api::{
     client::{Client, Kept, Place, Verdict},
-    types::{Direction, TransferProgress, TransferResource, TransferState},
+    types::{Direction, Stage, TransferProgress, TransferResource, TransferState},
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -185,10 +185,24 @@ fn running_line(transfer: &TransferResource) -> String {
     if let Some(seconds) = remaining_seconds(progress) {
         line.push_str(&format!(", {} left", human_millis(seconds * 1000)));
     }
+    if let Some(stage) = progress.limited_by {
+        line.push_str(&format!(", held up by {}", held_up_by(stage)));
+    }
     if progress.steps_total > 1 {
         line.push_str(&format!(", snapshot {} of {}", progress.steps_done + 1, progress.steps_total));
     }
     line
+}
+
+fn held_up_by(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Source => "reading",
+        Stage::Compression => "compression",
+        Stage::Limit => "its limit",
+        Stage::Line => "the line",
+        Stage::Receiver => "writing",
+        Stage::Arrival => "the sender or the line",
+    }
 }
 
 fn remaining_seconds(progress: &TransferProgress) -> Option<u64> {
@@ -296,6 +310,8 @@ pub(crate) mod tests {
         let known = transfer(json!({"progress": {"expected_bytes": 13_841_203, "steps_total": 3, "steps_done": 1}}));
         assert_eq!(running_line(&known), "3.2 MiB of 13.2 MiB, 1.0 MiB/s, 10.0 s left, snapshot 2 of 3");
         assert_eq!(running_line(&transfer(json!({}))), "3.2 MiB, 1.0 MiB/s");
+        let held_up = transfer(json!({"progress": {"limited_by": "receiver"}}));
+        assert_eq!(running_line(&held_up), "3.2 MiB, 1.0 MiB/s, held up by writing");
         let stalled = transfer(json!({"progress": {"expected_bytes": 13_841_203, "rate_bytes_per_second": 0}}));
         assert_eq!(running_line(&stalled), "3.2 MiB of 13.2 MiB, 0 B/s");
     }

@@ -12,6 +12,8 @@ use std::{
 use flocker_storage::model::NodeName;
 use serde::{Deserialize, Serialize};
 
+pub use crate::limits::Limit;
+
 /// The port a node listens on when nothing else is said.
 pub const DEFAULT_PORT: u16 = 7801;
 
@@ -163,7 +165,8 @@ pub struct Right {
     pub verbs: Vec<Verb>,
 }
 
-fn matches(pattern: &str, name: &str) -> bool {
+/// Tells whether a name is the pattern, or begins with it where it ends with `*`.
+pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix('*') {
         Some(prefix) => name.starts_with(prefix),
         None => pattern == name,
@@ -188,6 +191,9 @@ pub struct Config {
     /// What peers may do. Without any, members of the cluster may read, and push fast-forwards.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rights: Vec<Right>,
+    /// How fast is sent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<Limit>,
 }
 
 impl Config {

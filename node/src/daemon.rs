@@ -12,7 +12,7 @@ use flocker_storage::{
     model::{HostId, NodeName},
 };
 use flocker_transport::{ALPN, CloseCode, Connection, ENROL_ALPN, Endpoint, Limits, PeerFault, Router, Socket};
-use jiff::Timestamp;
+use jiff::{Timestamp, tz::TimeZone};
 use rustix::fs::FlockOperation;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -35,6 +35,8 @@ use crate::{
     handoff::HandOffs,
     inbox::Inbox,
     kept::Kept,
+    limits::SendLimits,
+    metrics::Metrics,
     mounts::{Mounts, symlink_note},
     ownership::Superseded,
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
@@ -130,6 +132,8 @@ pub(crate) struct Node {
     pub(crate) handoffs: HandOffs,
     pub(crate) superseded: Superseded,
     pub(crate) kept: Kept,
+    pub(crate) limits: SendLimits,
+    pub(crate) metrics: Metrics,
     /// Places for exports and imports.
     pub(crate) tarballs: Arc<Semaphore>,
     pub(crate) endpoint: Endpoint,
@@ -284,6 +288,7 @@ impl Node {
         };
         let endpoint = endpoint.map_err(DaemonError::Listen)?;
         let listen = endpoint.local_addr().map_err(DaemonError::Listen)?;
+        let limits = SendLimits::new(&config.limits, &TimeZone::system());
         let node = Arc::new(Self {
             name: config.name.clone(),
             identity,
@@ -304,6 +309,8 @@ impl Node {
             handoffs: HandOffs::default(),
             superseded: Superseded::default(),
             kept: Kept::default(),
+            limits,
+            metrics: Metrics::default(),
             tarballs: Arc::new(Semaphore::new(TARBALLS_LIMIT)),
             endpoint,
             tasks: TaskTracker::new(),

@@ -16,8 +16,10 @@ mod history;
 mod import;
 mod inbox;
 mod kept;
+mod limits;
 mod line;
 mod merge;
+mod metrics;
 mod mounts;
 mod ownership;
 mod peers;
@@ -31,6 +33,7 @@ mod serve;
 pub mod setup;
 #[cfg(feature = "simulation")]
 pub mod simulation;
+pub mod size;
 mod state;
 mod transfers;
 mod volumes;

@@ -9,7 +9,6 @@
 
 use std::{
     collections::HashMap,
-    num::NonZeroU64,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -31,7 +30,7 @@ use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
     model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSource, NO_PROGRESS, Outgoing, OutgoingLimits};
+use flocker_transport::{BoxError, BulkError, ChunkSource, Gate, NO_PROGRESS, Outgoing, OutgoingLimits};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -39,6 +38,7 @@ use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
     line::{Line, noted},
+    metrics,
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -68,8 +68,8 @@ pub(crate) struct Sending {
     pub(crate) mode: Mode,
     /// How changed files are found.
     pub(crate) compare: Compare,
-    /// Bytes per second on the wire, at most.
-    pub(crate) limit: Option<NonZeroU64>,
+    /// What holds it back on the wire.
+    pub(crate) gates: Vec<Arc<Gate>>,
 }
 
 /// One attempt of a push started here.
@@ -92,7 +92,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
         policy: job.request.on_divergence,
         mode: if job.request.dry_run { Mode::DryRun } else { Mode::Run },
         compare: job.request.compare,
-        limit: job.request.limit_bytes_per_second,
+        gates: node.limits.gates(&line.peer, job.request.limit_bytes_per_second),
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
     drop((line, watch));
@@ -144,7 +144,7 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
         policy: DivergencePolicy::Theirs,
         mode: Mode::Run,
         compare: job.request.compare,
-        limit: job.request.limit_bytes_per_second,
+        gates: node.limits.gates(&line.peer, job.request.limit_bytes_per_second),
     };
     let concluded = send(node, &mut line, &sending, Some(job)).await?;
     drop((line, watch));
@@ -313,7 +313,7 @@ async fn send_step(
     let parked = node.streams.take(sending.transfer).filter(|stream| stream.fits(step));
     let mut stream = match parked {
         Some(stream) => stream,
-        None => Stream::new(step, sending.limit),
+        None => Stream::new(step, sending.gates.clone()),
     };
     let begin = begin_step(number, step, after, lineage, answer, &stream)?;
     line.send(&Message::BeginStep(Box::new(begin))).await?;
@@ -340,9 +340,11 @@ async fn send_step(
     };
     noted("delta");
     let link = line.connection.open_bulk(u64::from(number)).await.map_err(|error| line.failed(error))?;
+    let meter = node.metrics.meter(metrics::Way::Sent, &line.peer, &stream.outgoing.progress());
     let report = |progress: flocker_transport::Progress| {
+        meter.moved(&progress);
         if let Some(job) = job {
-            job.moved(progress.raw_bytes, progress.wire_bytes);
+            job.moved(&progress);
         }
     };
     let Some(source) = &mut stream.source else {
@@ -435,21 +437,21 @@ pub(crate) struct Stream {
     target: SnapshotKey,
     base: Option<SnapshotKey>,
     format: DeltaFormat,
-    limit: Option<NonZeroU64>,
+    gates: Vec<Arc<Gate>>,
     outgoing: Outgoing,
     source: Option<DeltaSource>,
     parked: Instant,
 }
 
 impl Stream {
-    fn new(step: &Step, limit: Option<NonZeroU64>) -> Self {
+    fn new(step: &Step, gates: Vec<Arc<Gate>>) -> Self {
         Self {
             id: Uuid::new_v4(),
             target: step.snapshot.key(),
             base: step.base.map(|base| base.on_sender),
             format: step.format.clone(),
-            limit,
-            outgoing: outgoing(limit),
+            outgoing: outgoing(&gates),
+            gates,
             source: None,
             parked: Instant::now(),
         }
@@ -471,14 +473,14 @@ impl Stream {
         let request =
             DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
         let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
-        self.outgoing = outgoing(self.limit);
+        self.outgoing = outgoing(&self.gates);
         self.source = Some(DeltaSource(reader));
         Ok(0)
     }
 }
 
-fn outgoing(limit: Option<NonZeroU64>) -> Outgoing {
-    Outgoing::new(OutgoingLimits { bytes_per_second: limit, ..OutgoingLimits::default() })
+fn outgoing(gates: &[Arc<Gate>]) -> Outgoing {
+    Outgoing::new(OutgoingLimits { gates: gates.to_vec(), ..OutgoingLimits::default() })
 }
 
 struct DeltaSource(Box<dyn DeltaReader>);

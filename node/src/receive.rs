@@ -33,6 +33,7 @@ use crate::{
     daemon::Node,
     inbox::{Claim, Open, Parked},
     line::Line,
+    metrics,
     ownership::Follows,
     problem::{self, problem},
     push::COMMIT_TIMEOUT,
@@ -275,9 +276,11 @@ async fn receive_step(
             job.stream_over();
         }
     }
+    let meter = node.metrics.meter(metrics::Way::Received, &line.peer, &open.incoming.progress());
     let report = |progress: flocker_transport::Progress| {
+        meter.moved(&progress);
         if let Some(job) = &receipt.job {
-            job.moved(progress.raw_bytes, progress.wire_bytes);
+            job.moved(&progress);
         }
     };
     let mut sink = Sink(open.receiving);

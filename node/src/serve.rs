@@ -158,7 +158,7 @@ async fn serve_pull(node: &Arc<Node>, line: &mut Line<'_>, request: PullRequest)
         policy: request.policy,
         mode: request.mode,
         compare: Compare::Metadata,
-        limit: request.limit_bytes_per_second,
+        gates: node.limits.gates(&line.peer, request.limit_bytes_per_second),
     };
     push::send(node, line, &sending, None).await.map(|_| ())
 }

@@ -171,6 +171,7 @@ fn prepare(paths: &Paths, request: &NodeRequest) -> Result<Prepared, SetupError>
         listen: request.listen,
         advertise: request.advertise.clone(),
         rights: Vec::new(),
+        limits: Vec::new(),
     };
     Ok(Prepared { name, pool, config })
 }

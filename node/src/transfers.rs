@@ -232,7 +232,8 @@ impl Job {
     }
 
     /// Notes how many bytes of this step the receiver has consumed since this stream began.
-    pub(crate) fn moved(&self, delta_bytes: u64, wire_bytes: u64) {
+    pub(crate) fn moved(&self, now_moved: &flocker_transport::Progress) {
+        let flocker_transport::Progress { raw_bytes: delta_bytes, wire_bytes, slowest } = *now_moved;
         let mut status = self.status();
         let now = Instant::now();
         let (earlier_delta, earlier_wire) = status.earlier;
@@ -251,6 +252,7 @@ impl Job {
         status.resource.progress.delta_bytes = total;
         status.resource.progress.wire_bytes = earlier_wire + wire_bytes;
         status.resource.progress.rate_bytes_per_second = rate;
+        status.resource.progress.limited_by = slowest;
         status.note_time();
         if now.duration_since(status.told) >= TELL_INTERVAL {
             self.tell(&mut status);
@@ -289,6 +291,7 @@ impl Job {
         status.resource.state = state;
         status.resource.problem = problem;
         status.resource.progress.rate_bytes_per_second = 0;
+        status.resource.progress.limited_by = None;
         self.tell(&mut status);
         if state.is_final() {
             status.resource.finished = Some(clock::now());
@@ -553,6 +556,9 @@ impl Node {
     pub(crate) async fn end_transfer(&self, job: &Job, state: TransferState, problem: Option<ApiProblem>) {
         job.ended(state, problem);
         let resource = job.resource();
+        if state.is_final() {
+            self.metrics.ended(&resource);
+        }
         if let Err(error) = self.state.put_transfer(&job.request, &resource).await {
             tracing::error!("{}", chain(&error));
         }

@@ -20,8 +20,8 @@ mod socket;
 mod tls;
 
 pub use bulk::{
-    BoxError, BulkError, BulkStream, ChunkSink, ChunkSource, Incoming, IncomingLimits, Outgoing, OutgoingLimits,
-    Progress, Received, Sent, StopReason,
+    BoxError, BulkError, BulkStream, ChunkSink, ChunkSource, Gate, Incoming, IncomingLimits, Outgoing, OutgoingLimits,
+    Progress, Received, Sent, Stage, StopReason,
 };
 pub use close::CloseCode;
 pub use codec::MESSAGE_LIMIT;

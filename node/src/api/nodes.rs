@@ -1,8 +1,13 @@
-//! Handlers of `/v1/node`, `/v1/pool`, `/v1/peers` and `/v1/tokens`.
+//! Handlers of `/v1/node`, `/v1/pool`, `/v1/peers`, `/v1/tokens` and `/metrics`.
 
 use std::sync::Arc;
 
-use axum::{Json as Answer, extract::State, http::StatusCode};
+use axum::{
+    Json as Answer,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+};
 
 use super::{
     server::Json,
@@ -20,6 +25,12 @@ pub(crate) async fn pool(State(node): State<Arc<Node>>) -> Result<Answer<PoolRes
 
 pub(crate) async fn peers(State(node): State<Arc<Node>>) -> Answer<Vec<PeerResource>> {
     Answer(node.peer_resources())
+}
+
+/// The numbers of `crate::metrics`; the media type is that of OpenMetrics 1.0.
+pub(crate) async fn metrics(State(node): State<Arc<Node>>) -> Result<impl IntoResponse> {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, kind)], node.metrics_text().await?))
 }
 
 pub(crate) async fn create_token(

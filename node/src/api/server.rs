@@ -54,6 +54,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/transfers/{id}/cancel", post(transfers::cancel))
         .route("/v1/transfers/{id}/pause", post(transfers::pause))
         .route("/v1/transfers/{id}/resume", post(transfers::resume))
+        .route("/metrics", get(nodes::metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(|| async { "ready\n" }))
         .fallback(|| async { problem(404, "no_such_route", "the API has no such path") })

@@ -10,6 +10,7 @@ use flocker_storage::{
     driver::{Access, Capabilities, Finding, Orphan, Usage},
     model::{HeadState, Host, Metadata, NodeName, Role, SnapshotId, SnapshotName, VolumeId, VolumeName},
 };
+pub use flocker_transport::Stage;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -450,6 +451,9 @@ pub struct TransferProgress {
     pub wire_bytes: u64,
     /// Delta bytes per second over the last seconds.
     pub rate_bytes_per_second: u64,
+    /// The stage that holds the others up, while it runs; none as long as nothing shows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limited_by: Option<Stage>,
     /// How often it went on after a lost line or a restart.
     pub resumed: u32,
     /// Milliseconds of work so far.

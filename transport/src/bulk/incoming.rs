@@ -12,6 +12,7 @@ use bytes::Bytes;
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::JoinHandle,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +21,7 @@ use super::{
     compression::decompress,
     frame::{Ack, End, HEADER_LEN, Header, Kind},
     outgoing::SIGNS_OF_LIFE,
+    stage::{Stage, Waits},
 };
 use crate::{
     NO_PROGRESS,
@@ -76,6 +78,11 @@ impl Incoming {
         self.next_seq.load(Ordering::Acquire)
     }
 
+    /// Returns how much the sink has consumed.
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
     /// Receives into the sink until the delta's end, and says yes only to exactly what was sent.
     ///
     /// After [`BulkError::Interrupted`] it can be run again with a new link and the same sink; after any other error the
@@ -100,6 +107,7 @@ impl Incoming {
             hasher: &mut self.hasher,
             received: &mut self.received,
             consumed: &consumed,
+            waits: Waits::default(),
         };
         let is_over = state.received.is_some();
         let read = async {
@@ -226,6 +234,7 @@ struct Consumer<'a> {
     hasher: &'a mut Option<blake3::Hasher>,
     received: &'a mut Option<Received>,
     consumed: &'a Notify,
+    waits: Waits,
 }
 
 impl Consumer<'_> {
@@ -236,7 +245,10 @@ impl Consumer<'_> {
         progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<(), Ended> {
         loop {
-            let (wire, raw) = match arrived.recv().await {
+            let began = Instant::now();
+            let next = arrived.recv().await;
+            self.waits.waited_for(Stage::Arrival, began.elapsed());
+            let (wire, raw) = match next {
                 None => return Err(Ended::Lost(None)),
                 Some(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
                 Some(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
@@ -249,9 +261,12 @@ impl Consumer<'_> {
                 },
             };
             let raw_len = raw.len() as u64;
+            let began = Instant::now();
             self.hash_and_write(raw, sink).await?;
+            self.waits.waited_for(Stage::Receiver, began.elapsed());
             self.progress.raw_bytes += raw_len;
             self.progress.wire_bytes += wire;
+            self.progress.slowest = self.waits.slowest();
             self.advance();
             progress(*self.progress);
         }
@@ -283,7 +298,7 @@ impl Consumer<'_> {
         if end.digest != digest {
             return Err(Ended::Corrupt("the digest differs".to_owned()));
         }
-        let Progress { raw_bytes, wire_bytes } = *self.progress;
+        let Progress { raw_bytes, wire_bytes, .. } = *self.progress;
         *self.received = Some(Received { raw_bytes, wire_bytes, digest });
         self.advance();
         Ok(())

@@ -12,7 +12,7 @@
 //! ## Non-goals
 //! Surviving a restart of either process (the driver's resume point does), and knowing what the bytes are.
 //!
-//! Neighbours: [`frame`] is the layout, [`compression`] the choice of the level.
+//! Neighbours: [`frame`] is the layout, [`compression`] the choice of the level, [`rate`] what holds a sender back.
 
 mod compression;
 mod frame;
@@ -21,6 +21,7 @@ mod hostile;
 mod incoming;
 mod outgoing;
 mod rate;
+mod stage;
 mod threads;
 
 use std::time::Duration;
@@ -31,6 +32,8 @@ use bytes::{Bytes, BytesMut};
 pub use self::{
     incoming::{Incoming, IncomingLimits},
     outgoing::{Outgoing, OutgoingLimits},
+    rate::Gate,
+    stage::Stage,
 };
 use crate::{
     close::CloseCode,
@@ -63,6 +66,8 @@ pub struct Progress {
     pub raw_bytes: u64,
     /// What they took on the wire, with frame headers, without QUIC's own.
     pub wire_bytes: u64,
+    /// The stage that the others waited for most in the last half second of waiting; none as long as there was none.
+    pub slowest: Option<Stage>,
 }
 
 /// A delta that was sent, consumed and acknowledged to its end.

@@ -6,7 +6,6 @@
 
 use std::{
     collections::VecDeque,
-    num::NonZeroU64,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -19,7 +18,8 @@ use super::{
     BoxError, BulkError, BulkStream, ChunkSource, Progress, Reader, Sent,
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
-    rate::Pace,
+    rate::{self, Gate},
+    stage::{Stage, Waits},
     threads,
 };
 use crate::{
@@ -33,6 +33,8 @@ const GATHER: usize = FRAME_RAW / 2;
 /// Frames compressed at once: as many as processors, and no more, so that waiting for them shows that the processors
 /// are the bottleneck.
 const MOST_ENCODERS: usize = 4;
+/// A congestion window counts as full from this part of it on: the smoothed round-trip time is behind what happens.
+const FULL_WINDOW: f64 = 3.0;
 /// A sign of life is sent this many times within `no_progress`.
 pub(super) const SIGNS_OF_LIFE: u32 = 4;
 
@@ -43,13 +45,13 @@ pub struct OutgoingLimits {
     pub window: usize,
     /// How long the receiver may be silent. Both sides should use the same.
     pub no_progress: Duration,
-    /// Bytes per second that frames may take on the wire; as fast as it goes where this is `None`.
-    pub bytes_per_second: Option<NonZeroU64>,
+    /// What holds frames back on their way to the wire; as fast as it goes where there is none.
+    pub gates: Vec<Arc<Gate>>,
 }
 
 impl Default for OutgoingLimits {
     fn default() -> Self {
-        Self { window: 8 * 1024 * 1024, no_progress: NO_PROGRESS, bytes_per_second: None }
+        Self { window: 8 * 1024 * 1024, no_progress: NO_PROGRESS, gates: Vec::new() }
     }
 }
 
@@ -78,6 +80,11 @@ impl Outgoing {
         self.shared.queue().first
     }
 
+    /// Returns how far the receiver is, as it has said.
+    pub fn progress(&self) -> Progress {
+        self.shared.queue().acknowledged
+    }
+
     /// Sends what the receiver lacks from `resume_from_seq` on (its [`next_sequence`](super::Incoming::next_sequence)),
     /// goes on with the source to its end, and returns when the receiver has consumed all of it.
     ///
@@ -93,7 +100,15 @@ impl Outgoing {
         let BulkStream { connection, mut send, recv } = link;
         let mut acks = Reader::new(recv);
         let encoders = std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST_ENCODERS));
-        let run = Run { shared: &self.shared, limits: &self.limits, encoders, link_lost: CancellationToken::new() };
+        let run = Run {
+            shared: &self.shared,
+            limits: &self.limits,
+            connection: &connection,
+            encoders,
+            began: Instant::now(),
+            written_before: self.shared.queue().wire_bytes,
+            link_lost: CancellationToken::new(),
+        };
         if let Err(what) = self.shared.queue().check_resume(resume_from_seq) {
             connection.close(CloseCode::Protocol.varint(), b"resume");
             return Err(BulkError::Corrupt(what));
@@ -177,6 +192,7 @@ struct Queue {
     acknowledged: Progress,
     wire_bytes: u64,
     pacer: Pacer,
+    waits: Waits,
 }
 
 #[derive(Debug)]
@@ -202,6 +218,7 @@ impl Queue {
             acknowledged: Progress::default(),
             wire_bytes: 0,
             pacer: Pacer::new(),
+            waits: Waits::default(),
         }
     }
 
@@ -324,23 +341,15 @@ impl Feeder {
     }
 }
 
-/// Writes a frame no faster than the pace.
-async fn write_at(pace: &mut Pace, send: &mut quinn::SendStream, pieces: [Bytes; 2]) -> Result<(), quinn::WriteError> {
-    for mut rest in pieces {
-        while !rest.is_empty() {
-            let piece = rest.split_to(rest.len().min(pace.piece()));
-            pace.admit(piece.len()).await;
-            send.write_chunk(piece).await?;
-        }
-    }
-    Ok(())
-}
-
 /// One link's time.
 struct Run<'a> {
     shared: &'a Arc<Shared>,
     limits: &'a OutgoingLimits,
+    connection: &'a quinn::Connection,
     encoders: usize,
+    /// When this link's time began, and what had been written before.
+    began: Instant,
+    written_before: u64,
     link_lost: CancellationToken,
 }
 
@@ -446,20 +455,15 @@ impl Run<'_> {
 
     /// Writes frames from `next` on, in order, and signs of life between them; ends with the link only.
     async fn write(&self, send: &mut quinn::SendStream, mut next: u64) -> Result<(), LinkError> {
-        let mut pace = self.limits.bytes_per_second.map(Pace::new);
         loop {
             let frame = self.shared.queue().ready(next);
             let Some(Frame { header, payload }) = frame else {
-                self.wait_for_frame(send).await?;
+                self.wait_for_frame(send, next).await?;
                 continue;
             };
             let written = HEADER_LEN + payload.len();
-            let mut pieces = [Bytes::copy_from_slice(&header.encode()), payload];
-            let sent = match &mut pace {
-                None => send.write_all_chunks(&mut pieces).await,
-                Some(pace) => write_at(pace, send, pieces).await,
-            };
-            self.sent(sent).await?;
+            let pieces = [Bytes::copy_from_slice(&header.encode()), payload];
+            self.sent(self.write_pieces(send, pieces).await).await?;
             next += 1;
             let mut queue = self.shared.queue();
             queue.wire_bytes += written as u64;
@@ -467,12 +471,65 @@ impl Run<'_> {
         }
     }
 
-    async fn wait_for_frame(&self, send: &mut quinn::SendStream) -> Result<(), LinkError> {
+    /// Writes a frame no faster than the gates let it through.
+    async fn write_pieces(&self, send: &mut quinn::SendStream, pieces: [Bytes; 2]) -> Result<(), quinn::WriteError> {
+        for mut rest in pieces {
+            while !rest.is_empty() {
+                let piece = match rate::piece(&self.limits.gates) {
+                    None => std::mem::take(&mut rest),
+                    Some(most) => {
+                        let piece = rest.split_to(rest.len().min(most));
+                        let began = Instant::now();
+                        rate::admit(&self.limits.gates, piece.len()).await;
+                        self.waited_for(Stage::Limit, began);
+                        piece
+                    }
+                };
+                let began = Instant::now();
+                send.write_chunk(piece).await?;
+                self.waited_for(self.beyond(), began);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until there is something to write, or shows a sign of life. `next` is the frame that is waited for.
+    async fn wait_for_frame(&self, send: &mut quinn::SendStream, next: u64) -> Result<(), LinkError> {
         let signs = self.limits.no_progress / SIGNS_OF_LIFE;
-        if tokio::time::timeout(signs, self.shared.ready.notified()).await.is_err() {
+        let is_full = |queue: &Queue| queue.ended || !queue.has_room(self.limits.window);
+        let (is_encoding, is_full) = {
+            let mut queue = self.shared.queue();
+            (queue.slot(next).is_some(), is_full(&queue))
+        };
+        let stage = match (is_encoding, is_full) {
+            (true, _) => Stage::Compression,
+            (false, true) => self.beyond(),
+            (false, false) => Stage::Source,
+        };
+        let began = Instant::now();
+        let ready = tokio::time::timeout(signs, self.shared.ready.notified()).await;
+        self.waited_for(stage, began);
+        if ready.is_err() {
             self.sent(send.write_all(&Header::ALIVE.encode()).await).await?;
         }
         Ok(())
+    }
+
+    fn waited_for(&self, stage: Stage, since: Instant) {
+        self.shared.queue().waits.waited_for(stage, since.elapsed());
+    }
+
+    /// Tells what takes no more of what was written. Both the network and a receiver that is slow to read show in the same way; but
+    /// as long as the receiver is what is waited for, the congestion window is far from full.
+    fn beyond(&self) -> Stage {
+        let path = self.connection.stats().path;
+        let written = self.shared.queue().wire_bytes - self.written_before;
+        let per_second = written as f64 / self.began.elapsed().as_secs_f64().max(0.001);
+        if per_second * path.rtt.as_secs_f64() * FULL_WINDOW >= path.cwnd as f64 {
+            Stage::Line
+        } else {
+            Stage::Receiver
+        }
     }
 
     /// A receiver that gives up stops the stream and says why in an acknowledgement: then `listen` has the word.
@@ -496,6 +553,7 @@ impl Run<'_> {
             let (acknowledged, done) = {
                 let mut queue = self.shared.queue();
                 queue.acknowledge(next).map_err(LinkError::Corrupt)?;
+                queue.acknowledged.slowest = queue.waits.slowest();
                 (queue.acknowledged, queue.is_done())
             };
             progress(acknowledged);
