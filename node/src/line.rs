@@ -5,8 +5,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use flocker_replication::message::{Message, Offer, Problem};
-use flocker_storage::{driver::Finding, model::NodeName};
+use flocker_replication::{
+    message::{Answer, Message, Offer, Problem, strip},
+    outline::{self, Block, Puzzle},
+};
+use flocker_storage::{
+    driver::Finding,
+    model::{Lineage, NodeName},
+};
 use flocker_transport::{CloseCode, Connection, ErrorKind, Exchange, NO_PROGRESS};
 use tokio::time::Instant;
 
@@ -121,13 +127,57 @@ impl<'a> Line<'a> {
         }
     }
 
-    /// Receives what follows an offer at once.
-    pub(crate) async fn recv_forgotten(&mut self, offer: &mut Offer) -> Result<(), Failure> {
+    /// Receives what follows an offer at once. Returns the outline of the older part of a long lineage.
+    pub(crate) async fn recv_rest(&mut self, offer: &mut Offer) -> Result<Vec<Block>, Failure> {
         match self.recv(NO_PROGRESS).await? {
-            Message::Forgotten(forgotten) => offer.forgotten = forgotten,
-            other => return Err(self.broke(format!("{} instead of the rest of its offer", other.kind())).into()),
+            Message::Rest(rest) => {
+                offer.forgotten = rest.forgotten;
+                Ok(rest.older)
+            }
+            other => Err(self.broke(format!("{} instead of the rest of its offer", other.kind())).into()),
         }
-        Ok(())
+    }
+
+    /// Puts the older part of a long lineage back into an offer: what this node has too, and what it asks for.
+    pub(crate) async fn complete(
+        &mut self,
+        offer: &mut Offer,
+        older: Vec<Block>,
+        own: &Lineage,
+    ) -> Result<(), Failure> {
+        let puzzle = Puzzle::begin(older, &strip(own));
+        let missing = puzzle.missing();
+        let sent = if missing.is_empty() {
+            Vec::new()
+        } else {
+            self.send(&Message::Want(missing)).await?;
+            match self.recv(NO_PROGRESS).await? {
+                Message::Snapshots(snapshots) => snapshots,
+                other => return Err(self.broke(format!("{} instead of the snapshots it offers", other.kind())).into()),
+            }
+        };
+        offer.complete(puzzle, sent).map_err(|violation| self.broke(violation).into())
+    }
+
+    /// Receives the answer to an offer.
+    pub(crate) async fn recv_answer(&mut self, offered: &Lineage) -> Result<Answer, Failure> {
+        let message = match self.recv(NO_PROGRESS).await? {
+            Message::Want(blocks) => {
+                self.send(&Message::Snapshots(outline::of_blocks(offered, &blocks))).await?;
+                self.recv(NO_PROGRESS).await?
+            }
+            message => message,
+        };
+        match message {
+            Message::Answer(answer) => self.unpacked(*answer, offered),
+            other => Err(self.broke(format!("{} instead of an answer", other.kind())).into()),
+        }
+    }
+
+    /// Reads an answer that points into what was offered.
+    pub(crate) fn unpacked(&self, mut answer: Answer, offered: &Lineage) -> Result<Answer, Failure> {
+        answer.unpack(offered).map_err(|violation| self.broke(violation))?;
+        Ok(answer)
     }
 
     /// The peer does not keep to the protocol.

@@ -81,7 +81,7 @@ pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> R
     if !as_asked {
         return Err(line.broke("its offer is not what was asked for").into());
     }
-    line.recv_forgotten(&mut offer).await?;
+    receive::rest_of_offer(node, &mut line, &mut offer).await?;
     job.met_peer();
     let receipt = Receipt { offer, job: Some(job.clone()), pusher: None };
     let concluded = receive::receive(node, &mut line, receipt).await?;

@@ -20,9 +20,10 @@ use flocker_replication::{
     divergence::{self, Receiver, Sender},
     merge::with_merged,
     message::{
-        After, Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, StepStart,
+        After, Answer, BeginStep, DivergencePolicy, LINEAGE_LIMIT, Message, Mode, Offer, PROTOCOL, Rest, StepStart,
         StepStream, strip,
     },
+    outline,
     plan::{self, Direction, Outcome, Plan, Step, Verdict},
     resolution::{self, Resolution, Way},
 };
@@ -177,12 +178,14 @@ pub(crate) async fn send(
         _ => node.driver.capabilities().formats.clone(),
     };
     let forgotten = ancestry::offered(&lineage, &node.memory_of(sending.volume.record.id, &lineage).await?);
+    let offered = strip(&lineage);
+    let (older, newest) = outline::cut(offered.clone(), sending.want);
     let offer = Offer {
         protocol: PROTOCOL,
         transfer: sending.transfer,
         volume: sending.volume.record.clone(),
         name: sending.name.clone(),
-        lineage: strip(&lineage),
+        lineage: newest,
         want: sending.want,
         formats: formats.clone(),
         policy: sending.policy,
@@ -191,11 +194,8 @@ pub(crate) async fn send(
         forgotten: Forgotten::default(),
     };
     line.send(&Message::Offer(Box::new(offer))).await?;
-    line.send(&Message::Forgotten(forgotten.clone())).await?;
-    let mut answer = match line.recv(NO_PROGRESS).await? {
-        Message::Answer(answer) => *answer,
-        other => return Err(line.broke(format!("{} instead of an answer", other.kind())).into()),
-    };
+    line.send(&Message::Rest(Rest { forgotten: forgotten.clone(), older })).await?;
+    let mut answer = line.recv_answer(&offered).await?;
     if let Some(job) = job {
         job.met_peer();
     }
@@ -204,7 +204,7 @@ pub(crate) async fn send(
     let resolving = is_resolved_there(sending, &outcome);
     if resolving {
         answer = match ask_to_resolve(line, &outcome).await? {
-            Asked::LandsIn(answer) => *answer,
+            Asked::LandsIn(answer) => line.unpacked(*answer, &offered)?,
             Asked::Done(resolution) => return Ok(Concluded::resolved(outcome, *resolution)),
         };
         let beside = resolution::incoming_name(&outcome.volume, &outcome.want);

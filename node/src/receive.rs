@@ -52,6 +52,23 @@ pub(crate) struct Receipt {
     pub(crate) pusher: Option<PeerIdentity>,
 }
 
+/// Receives what belongs to an offer and travels behind it.
+pub(crate) async fn rest_of_offer(node: &Node, line: &mut Line<'_>, offer: &mut Offer) -> Result<(), Failure> {
+    let older = line.recv_rest(offer).await?;
+    if older.is_empty() {
+        return Ok(());
+    }
+    let own = match binding::bind(&offer.volume, &offer.name, &records(node)).volume() {
+        Some(record) => node.driver.lineage(record.id).await.map_err(ApiProblem::from)?,
+        None => Lineage::default(),
+    };
+    line.complete(offer, older, &own).await
+}
+
+fn records(node: &Node) -> Vec<VolumeRecord> {
+    node.catalog.volumes().into_iter().map(|volume| volume.record).collect()
+}
+
 /// The receiver's story on a stream where an offer has come.
 pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: Receipt) -> Result<Concluded, Failure> {
     let (mut bound, mut taken) = answer(node, &receipt).await?;
@@ -158,7 +175,7 @@ async fn resolved(
 /// Says what this node holds of what is offered; and whether the name belongs to an unrelated volume.
 async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failure> {
     let offer = &receipt.offer;
-    let held: Vec<VolumeRecord> = node.catalog.volumes().into_iter().map(|volume| volume.record).collect();
+    let held = records(node);
     let binding = binding::bind(&offer.volume, &offer.name, &held);
     let lands_in = binding.lands_in();
     let volume = binding.volume().cloned();
@@ -173,7 +190,8 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
         Some(record) => node.memory_of(record.id, &lineage).await?,
         None => Memory::new(),
     };
-    let answer = Answer {
+    let mut answer = Answer {
+        pieces: Vec::new(),
         forgotten: ancestry::answered(&lineage, &memory, offer),
         mounted: volume.as_ref().and_then(|record| node.mounts.of(record.id)).map(|row| row.path),
         lineage: strip(&lineage),
@@ -192,6 +210,7 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
         lands_in,
         volume,
     };
+    answer.pack(&offer.lineage);
     Ok((answer, matches!(binding, Binding::Taken(..))))
 }
 

@@ -92,8 +92,8 @@ impl Replication {
         match line.recv(NO_PROGRESS).await? {
             Message::Offer(mut offer) => {
                 check_protocol(offer.protocol)?;
-                line.recv_forgotten(&mut offer).await?;
                 node.check_right(&peer, &offer.name, Verb::Push)?;
+                receive::rest_of_offer(node, line, &mut offer).await?;
                 receive::receive(node, line, Receipt { offer: *offer, job: None, pusher: Some(peer) }).await.map(|_| ())
             }
             Message::PullRequest(request) => {

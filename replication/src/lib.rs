@@ -16,6 +16,7 @@ pub mod inbound;
 pub mod merge;
 pub mod message;
 pub mod negotiate;
+pub mod outline;
 pub mod plan;
 pub mod problem;
 pub mod refusal;

@@ -7,8 +7,8 @@
 //! # The story on one stream (docs/PROTOCOL.md has it in full)
 //! | who | sends | the other side answers |
 //! |---|---|---|
-//! | opener, to push | [`Offer`], [`Message::Forgotten`] | [`Answer`] |
-//! | opener, to pull | [`PullRequest`] | [`Offer`], [`Message::Forgotten`], and is the sender from here on; the opener sends [`Answer`] |
+//! | opener, to push | [`Offer`], [`Rest`] | [`Answer`]; before it [`Message::Want`], answered by [`Message::Snapshots`], where the offer is a long one and not all of it is known |
+//! | opener, to pull | [`PullRequest`] | [`Offer`], [`Rest`], and is the sender from here on; the opener sends [`Answer`] |
 //! | opener, to look | [`Describe`] | [`Description`], the end |
 //! | sender, per step | [`BeginStep`] | [`StepReady`]; then the bytes flow on the bulk lanes; then [`StepDone`] |
 //! | whoever did not start the transfer, once a step's bytes have flowed | [`Message::Remarks`] | nothing |
@@ -32,14 +32,20 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use crate::problem::{Problem, ProblemCode};
-use crate::{ancestry::Forgotten, plan::Outcome, resolution::Resolution};
+use crate::{
+    ancestry::Forgotten,
+    outline::{self, Block, Piece, Puzzle},
+    plan::Outcome,
+    resolution::Resolution,
+};
 
 /// The protocol's revision within ALPN `flocker/1`. A peer that speaks another one is refused with
 /// [`ProblemCode::VersionMismatch`]. So that it can be, messages that open an exchange ([`Offer`], [`PullRequest`], [`Describe`],
 /// [`TakeOver`], [`AskClaims`]) and [`Problem`] keep their bytes through all revisions; what a revision adds comes behind them.
 ///
-/// 2: [`Message::Forgotten`] behind each offer, [`Answer::forgotten`], [`BeginStep::after`].
-pub const PROTOCOL: u32 = 2;
+/// 2: what is forgotten behind each offer, [`Answer::forgotten`], [`BeginStep::after`]. 3: [`Rest::older`], [`Message::Want`],
+/// [`Message::Snapshots`], [`Answer::pieces`].
+pub const PROTOCOL: u32 = 3;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
 /// [`MESSAGE_LIMIT`].
@@ -104,8 +110,21 @@ pub enum Message {
     AskClaims(AskClaims),
     /// 18: answers [`Message::AskClaims`]; volumes that are not there, or not to be known, are left out.
     Claims(Vec<VolumeClaim>),
-    /// 19: follows each [`Message::Offer`] at once: [`Offer::forgotten`].
-    Forgotten(Forgotten),
+    /// 19: follows each [`Message::Offer`] at once.
+    Rest(Rest),
+    /// 20: the receiver asks for the snapshots of blocks of [`Rest::older`], by their places, in order.
+    Want(Vec<u32>),
+    /// 21: answers [`Message::Want`]: the snapshots of all these blocks, in order, without metadata.
+    Snapshots(Vec<HeldSnapshot>),
+}
+
+/// What belongs to an offer and travels behind it, so that an offer keeps its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Rest {
+    /// Ancestors of the lineage's snapshots that the sender does not hold; goes into [`Offer::forgotten`].
+    pub forgotten: Forgotten,
+    /// The snapshots before those of [`Offer::lineage`], as an outline; empty where that is all of it.
+    pub older: Vec<Block>,
 }
 
 /// Asks who may write some volumes, as far as the peer knows.
@@ -167,7 +186,8 @@ pub struct Offer {
     pub volume: VolumeRecord,
     /// The name wanted on the receiver: the volume's own, or that of `--as`.
     pub name: VolumeName,
-    /// The sender's lineage, snapshot metadata left out ([`strip`]); it holds `want`.
+    /// The sender's lineage, snapshot metadata left out ([`strip`]); it holds `want`. Of a long one only the newest part travels
+    /// here ([`outline::cut`]).
     pub lineage: Lineage,
     /// The snapshot the receiver shall have.
     pub want: SnapshotId,
@@ -179,8 +199,7 @@ pub struct Offer {
     pub mode: Mode,
     /// Who sends.
     pub sender: Host,
-    /// Ancestors of the lineage's snapshots that the sender does not hold. Travels behind the offer, as [`Message::Forgotten`], so
-    /// that an offer keeps its bytes.
+    /// Ancestors of the lineage's snapshots that the sender does not hold. Travels behind the offer, in [`Rest`].
     #[serde(skip)]
     pub forgotten: Forgotten,
 }
@@ -244,8 +263,11 @@ pub struct Answer {
     /// The id of the volume that the snapshots will land in: that of `volume`, or the new one's. Another one than that
     /// of `volume` says that `volume` is unrelated.
     pub lands_in: VolumeId,
-    /// That volume's snapshots, snapshot metadata left out ([`strip`]).
+    /// That volume's snapshots, snapshot metadata left out ([`strip`]). They travel as `pieces`.
+    #[serde(skip)]
     pub lineage: Lineage,
+    /// `lineage` beside what was offered: [`Answer::pack`] makes it, [`Answer::unpack`] takes it.
+    pub pieces: Vec<Piece>,
     /// Whether its head differs from the newest snapshot; clean where there is no volume.
     pub head: HeadState,
     /// Where it is mounted, if it is.
@@ -393,6 +415,36 @@ pub enum Mode {
     DryRun,
 }
 
+impl Offer {
+    /// Puts the snapshots before the newest ones back into the lineage.
+    pub fn complete(&mut self, puzzle: Puzzle, sent: Vec<HeldSnapshot>) -> Result<(), Violation> {
+        let newest = std::mem::take(&mut self.lineage);
+        let whole = puzzle.finish(sent, newest).and_then(|lineage| {
+            check_lineage(&lineage)?;
+            Ok(lineage)
+        });
+        self.lineage = whole.map_err(|rule| Violation { message: "Snapshots", rule })?;
+        Ok(())
+    }
+}
+
+impl Answer {
+    /// Writes the lineage down beside what was offered.
+    pub fn pack(&mut self, offered: &Lineage) {
+        self.pieces = outline::pack(&self.lineage, offered);
+    }
+
+    /// Reads the lineage out of its pieces.
+    pub fn unpack(&mut self, offered: &Lineage) -> Result<(), Violation> {
+        let lineage = outline::unpack(std::mem::take(&mut self.pieces), offered).and_then(|lineage| {
+            check_lineage(&lineage)?;
+            Ok(lineage)
+        });
+        self.lineage = lineage.map_err(|rule| Violation { message: "Answer", rule })?;
+        Ok(())
+    }
+}
+
 /// Returns a lineage without its snapshots' metadata, as it travels.
 pub fn strip(lineage: &Lineage) -> Lineage {
     let mut stripped = lineage.clone();
@@ -443,7 +495,9 @@ impl Message {
             Self::TakenOver(_) => "TakenOver",
             Self::AskClaims(_) => "AskClaims",
             Self::Claims(_) => "Claims",
-            Self::Forgotten(_) => "Forgotten",
+            Self::Rest(_) => "Rest",
+            Self::Want(_) => "Want",
+            Self::Snapshots(_) => "Snapshots",
         }
     }
 
@@ -465,7 +519,11 @@ impl Message {
             Self::TakeOver(_) | Self::TakenOver(_) => Ok(()),
             Self::AskClaims(AskClaims { volumes, .. }) => check_claims(volumes.len()),
             Self::Claims(claims) => check_claims(claims.len()),
-            Self::Forgotten(forgotten) => forgotten.check(),
+            Self::Rest(rest) => rest.forgotten.check().and_then(|()| outline::check(&rest.older)),
+            Self::Want(places) => demand(places.len() <= LINEAGE_LIMIT && places.is_sorted_by(|a, b| a < b), || {
+                "it asks for blocks out of order, or for too many".to_owned()
+            }),
+            Self::Snapshots(snapshots) => check_snapshots(snapshots),
         };
         checked.map_err(|rule| Violation { message: self.kind(), rule })
     }
@@ -500,9 +558,13 @@ fn check_description(description: &Description) -> Result<(), String> {
 fn check_answer(answer: &Answer) -> Result<(), String> {
     match &answer.volume {
         Some(record) => check_record(record)?,
-        None => demand(answer.lineage.snapshots.is_empty(), || "it has snapshots of no volume".to_owned())?,
+        None => demand(answer.pieces.is_empty(), || "it has snapshots of no volume".to_owned())?,
     }
-    check_lineage(&answer.lineage)?;
+    for piece in &answer.pieces {
+        if let Piece::Own(own) = piece {
+            check_snapshots(own)?;
+        }
+    }
     check_formats(&answer.formats)?;
     check_mounted(answer.mounted.as_deref())?;
     answer.forgotten.check()?;
@@ -531,10 +593,14 @@ fn check_record(record: &VolumeRecord) -> Result<(), String> {
 }
 
 fn check_lineage(lineage: &Lineage) -> Result<(), String> {
-    let count = lineage.snapshots.len();
+    check_snapshots(&lineage.snapshots)
+}
+
+fn check_snapshots(snapshots: &[HeldSnapshot]) -> Result<(), String> {
+    let count = snapshots.len();
     demand(count <= LINEAGE_LIMIT, || format!("its lineage has {count} snapshots, {LINEAGE_LIMIT} at most"))?;
     let mut seen = BTreeSet::new();
-    for held in &lineage.snapshots {
+    for held in snapshots {
         demand(held.snapshot.metadata.is_empty(), || "its lineage carries snapshot metadata".to_owned())?;
         check_parents(&held.snapshot)?;
         demand(seen.insert(held.snapshot.id), || format!("its lineage has snapshot {} twice", held.snapshot.id))?;

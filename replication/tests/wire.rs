@@ -9,6 +9,7 @@ use bytes::Bytes;
 use flocker_replication::{
     ancestry::{Ancestor, FORGOTTEN_LIMIT, Forgotten},
     message::*,
+    outline::{Block, Piece},
     plan::{Direction, Outcome, Point, Points, UnrelatedReason, Verdict},
     resolution::{Kept, Place, Resolution},
 };
@@ -88,6 +89,9 @@ fn messages() -> Vec<Message> {
     full_answer.elsewhere = vec![SnapshotKey { volume: volume(77), snapshot: id(1) }];
     full_answer.partial = Some(partial);
     full_answer.forgotten = forgotten(&[(8, &[7])]);
+    // The lineage travels as pieces.
+    full_answer.pieces = vec![Piece::Offered { first: 0, count: 300 }, Piece::Own(chain(&[1]))];
+    full_answer.lineage = Lineage::default();
     let problem = Problem::new(ProblemCode::Busy).with("volume", "db");
     let mut all = vec![
         Message::Offer(Box::new(offer(&chain(&[1, 2]), 2))),
@@ -157,7 +161,10 @@ fn messages() -> Vec<Message> {
         primary: Some(host("host-b")),
     }]));
     // Three that follow one another, then a merge.
-    all.push(Message::Forgotten(forgotten(&[(9, &[8]), (8, &[7]), (7, &[1]), (6, &[5, 4])])));
+    let forgotten = forgotten(&[(9, &[8]), (8, &[7]), (7, &[1]), (6, &[5, 4])]);
+    all.push(Message::Rest(Rest { forgotten, older: vec![Block { digest: [7; 16], count: 300 }] }));
+    all.push(Message::Want(vec![0, 300]));
+    all.push(Message::Snapshots(chain(&[1])));
     all
 }
 
@@ -271,18 +278,20 @@ fn what_breaks_a_limit_is_refused() {
             assert!(rule(Message::Resolved(Box::new(resolution))).contains("counts wrongly"));
         }
     }
-    let remembered = |ancestors: &[(u128, &[u128])]| rule(Message::Forgotten(forgotten(ancestors)));
+    let remembered = |ancestors: &[(u128, &[u128])]| {
+        rule(Message::Rest(Rest { forgotten: forgotten(ancestors), older: Vec::new() }))
+    };
     assert!(remembered(&[(9, &[8, 7, 6])]).contains("3 parents"));
     assert!(remembered(&[(9, &[9])]).contains("its own parent"));
     assert!(remembered(&[(9, &[8, 8])]).contains("a parent twice"));
     assert!(remembered(&[(9, &[8]), (8, &[9]), (9, &[])]).contains("twice"));
     let many: Forgotten =
         (0..=FORGOTTEN_LIMIT as u128).map(|number| Ancestor { id: id(number), parents: Vec::new() }).collect();
-    assert!(rule(Message::Forgotten(many.clone())).contains("4096 are allowed"));
+    assert!(rule(Message::Rest(Rest { forgotten: many.clone(), older: Vec::new() })).contains("4096 are allowed"));
     let flooded = Answer { forgotten: many, ..answer(None) };
     assert!(rule(Message::Answer(Box::new(flooded))).contains("4096 are allowed"));
     // One run of no ids.
-    let empty_run = postcard::from_bytes::<Message>(&[19, 1, 0, 0]).unwrap();
+    let empty_run = postcard::from_bytes::<Message>(&[19, 1, 0, 0, 0]).unwrap();
     assert!(rule(empty_run).contains("run of no ancestors"));
     let finding = Finding { path: "ä".repeat(REMARK_LIMIT), what: String::new() };
     assert!(rule(Message::Remarks(vec![finding.clone()])).contains("8192 bytes"));

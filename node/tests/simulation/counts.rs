@@ -79,15 +79,8 @@ fn a_push_of_one_step_over_a_kept_connection_takes_three_round_trips() {
     let mut said = push_one(&mut world, "two");
 
     said.retain(|(_, what)| *what != "lineage");
-    let wanted = [
-        (A, "Offer"),
-        (A, "Forgotten"),
-        (B, "Answer"),
-        (A, "BeginStep"),
-        (B, "StepReady"),
-        (A, "delta"),
-        (B, "StepDone"),
-    ];
+    let wanted =
+        [(A, "Offer"), (A, "Rest"), (B, "Answer"), (A, "BeginStep"), (B, "StepReady"), (A, "delta"), (B, "StepDone")];
     assert_eq!(said, wanted);
     let turns = said.windows(2).filter(|pair| pair[0].0 == A && pair[1].0 == B).count();
     assert_eq!(turns, 3);
@@ -113,11 +106,20 @@ fn five_hundred_snapshots_go_in_one_push_and_lineages_are_not_read_again_for_eac
     assert_eq!(names(&world, B).len(), COUNT);
     assert_eq!(names(&world, B), names(&world, A));
     let noted = world.fates.take_noted();
-    for (what, times) in [("Offer", 1), ("Answer", 1), ("BeginStep", COUNT), ("StepReady", COUNT), ("StepDone", COUNT)]
+    // The receiver has nothing of it yet, and asks for what the offer only outlines.
+    for (what, times) in
+        [("Offer", 1), ("Want", 1), ("Answer", 1), ("BeginStep", COUNT), ("StepReady", COUNT), ("StepDone", COUNT)]
     {
         assert_eq!(how_often(&noted, what), times, "{what}");
     }
-    assert!(how_often(&noted, "lineage") <= 4, "{} lineages read", how_often(&noted, "lineage"));
+    assert!(how_often(&noted, "lineage") <= 5, "{} lineages read", how_often(&noted, "lineage"));
+
+    let next = push_one(&mut world, "next");
+    assert_eq!((how_often(&next, "Answer"), how_often(&next, "Want")), (1, 0), "what both have is not asked for");
+    ask(&mut world, Method::DELETE, "/v1/volumes/db/snapshots/s7", Value::Null);
+    let last = push_one(&mut world, "last");
+    assert_eq!((how_often(&last, "Answer"), how_often(&last, "Want")), (1, 1), "a block that is another here is");
+    assert_eq!((names(&world, A).len(), names(&world, B).len()), (COUNT + 1, COUNT + 2));
 }
 
 #[test]

@@ -107,6 +107,7 @@ pub(crate) fn answer(receiver: Option<&[HeldSnapshot]>) -> Answer {
         volume: receiver.map(|_| record(DB, "db")),
         lands_in: volume(DB),
         lineage: lineage(receiver.unwrap_or_default()),
+        pieces: Vec::new(),
         head: HeadState::Clean,
         mounted: None,
         elsewhere: Vec::new(),

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     BoxError, BulkError, BulkStream, ChunkSink, Progress, Reader, Received, StopReason,
     compression::decompress,
-    frame::{Ack, End, HEADER_LEN, Header, Kind},
+    frame::{Ack, END_LEN, End, HEADER_LEN, Header, Kind},
     outgoing::SIGNS_OF_LIFE,
     stage::{Stage, Waits},
 };
@@ -252,7 +252,11 @@ impl Consumer<'_> {
                 None => return Err(Ended::Lost(None)),
                 Some(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
                 Some(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
-                Some(Piece::End(end)) => return self.end(end),
+                Some(Piece::End(end)) => {
+                    self.end(end)?;
+                    progress(*self.progress);
+                    return Ok(());
+                }
                 Some(Piece::Data { wire, raw: Unpacked::Already(raw) }) => (wire, raw),
                 Some(Piece::Data { wire, raw: Unpacked::Soon(unpacking) }) => match unpacking.await {
                     Ok(Ok(raw)) => (wire, raw),
@@ -298,6 +302,7 @@ impl Consumer<'_> {
         if end.digest != digest {
             return Err(Ended::Corrupt("the digest differs".to_owned()));
         }
+        self.progress.wire_bytes += (HEADER_LEN + END_LEN) as u64;
         let Progress { raw_bytes, wire_bytes, .. } = *self.progress;
         *self.received = Some(Received { raw_bytes, wire_bytes, digest });
         self.advance();

@@ -59,10 +59,12 @@ impl std::fmt::Debug for Gate {
     }
 }
 
-/// Returns how much is best admitted at once; nothing while no gate holds anything back.
+/// Returns how much is best admitted at once; nothing while no gate holds anything back. At a gate that several share, each has one
+/// piece in each round: so a slower gate of one's own makes the pieces smaller only where one would take longer than a second.
 pub(super) fn piece(gates: &[Arc<Gate>]) -> Option<usize> {
-    let slowest = gates.iter().filter_map(|gate| gate.bytes_per_second()).min()?;
-    Some((slowest / PIECES_PER_SECOND).clamp(SMALLEST_PIECE, LARGEST_PIECE) as usize)
+    let rates = || gates.iter().filter_map(|gate| gate.bytes_per_second());
+    let (slowest, fastest) = (rates().min()?, rates().max()?);
+    Some((fastest / PIECES_PER_SECOND).min(slowest).clamp(SMALLEST_PIECE, LARGEST_PIECE) as usize)
 }
 
 /// Waits until so many bytes may pass all gates. Cancel-safe: they count as written from the beginning of the wait.
