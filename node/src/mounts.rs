@@ -182,7 +182,12 @@ impl Node {
             }
             self.mounts.lock().insert(row.volume, row);
         }
-        self.adopt_mounts().await
+        // Looking at each volume takes programs of the driver's.
+        if !self.state.knows_mounts().await? {
+            self.adopt_mounts().await?;
+            self.state.settle_mounts().await?;
+        }
+        Ok(())
     }
 
     async fn restore_mount(&self, row: &MountRow) -> Result<()> {

@@ -28,7 +28,7 @@ use crate::{
 const FINISHED_TRANSFERS_KEPT: u32 = 200;
 
 /// What makes the tables of each version from those of the one before.
-const SCHEMA: [&str; 2] = [TABLES, ANCESTRY];
+const SCHEMA: [&str; 3] = [TABLES, ANCESTRY, SETTLED];
 const TABLES: &str = "
 CREATE TABLE transfers (id TEXT PRIMARY KEY, started TEXT NOT NULL, state TEXT NOT NULL, request TEXT NOT NULL, resource TEXT NOT NULL) STRICT;
 CREATE TABLE peers (node_id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, addresses TEXT NOT NULL, last_seen TEXT) STRICT;
@@ -42,6 +42,10 @@ CREATE TABLE commons (volume TEXT NOT NULL, peer TEXT NOT NULL, snapshot TEXT NO
 const ANCESTRY: &str = "
 CREATE TABLE ancestors (number INTEGER PRIMARY KEY, volume TEXT NOT NULL, id TEXT NOT NULL, parents TEXT NOT NULL, told INTEGER NOT NULL, UNIQUE (volume, id)) STRICT;
 CREATE TABLE heads (volume TEXT PRIMARY KEY, parent TEXT NOT NULL, tip TEXT) STRICT;
+";
+// What a new database has to be told once. `mounts`: those that an earlier database knew were looked for.
+const SETTLED: &str = "
+CREATE TABLE settled (what TEXT PRIMARY KEY) STRICT;
 ";
 
 /// Whose word an ancestor's parents are.
@@ -368,6 +372,17 @@ impl State {
             Ok(mounts)
         })
         .await
+    }
+
+    /// Tells whether it was looked for mounts that an earlier database knew.
+    pub(crate) async fn knows_mounts(&self) -> Result<bool> {
+        self.call("ask for mounts", |db| db.prepare("SELECT 1 FROM settled WHERE what = 'mounts'")?.exists([])).await
+    }
+
+    /// Notes that it was.
+    pub(crate) async fn settle_mounts(&self) -> Result<()> {
+        self.call("note mounts", |db| db.execute("INSERT OR IGNORE INTO settled VALUES ('mounts')", []).map(|_| ()))
+            .await
     }
 
     /// Writes the intent of an operation before its first step.

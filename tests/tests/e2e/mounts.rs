@@ -29,6 +29,36 @@ fn as_root_a_mount_is_a_bind_mount_at_a_stable_place_that_names_only_the_volume(
 }
 
 #[test]
+fn a_mount_is_found_again_when_the_state_database_is_lost() {
+    if !require("root") {
+        return;
+    }
+    let mut cluster = Cluster::start(1);
+    let node = &mut cluster.nodes[0];
+    let place = node.create_mounted("db");
+    node.create_mounted("web");
+    node.cli(&["unmount", "web"]).ok();
+    fs::write(place.join("file"), "1").unwrap();
+    // A database that is there is believed.
+    node.kill9();
+    node.start();
+    assert!(!node.log_text().contains("was not remembered"));
+
+    node.kill9();
+    for file in ["state.db", "state.db-wal", "state.db-shm"] {
+        let _ = fs::remove_file(node.state.join(file));
+    }
+    node.start();
+
+    assert_eq!(node.log_text().matches("was not remembered").count(), 1);
+    assert_eq!(node.cli(&["inspect", "db"]).ok().json()["mount"]["path"], place.to_str().unwrap());
+    fs::write(place.join("file"), "2").unwrap();
+    node.cli(&["snapshot", "db@one"]).ok();
+    node.cli(&["unmount", "db"]).ok();
+    assert!(!is_mount_point(&place));
+}
+
+#[test]
 fn a_mount_outlives_the_daemon() {
     if !require("root") {
         return;
