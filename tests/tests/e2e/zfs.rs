@@ -119,6 +119,39 @@ fn history_goes_there_and_back(scratch: Scratch, options: [Options; 2], times: T
     cluster
 }
 
+/// Starts a node's daemon anew and counts the programs that this takes.
+fn programs_to_start(node: &mut Node) -> usize {
+    let started = |node: &Node| node.log_text().matches("starts a program").count();
+    node.stop();
+    let before = started(node);
+    node.start();
+    started(node) - before
+}
+
+#[test]
+fn a_start_takes_as_many_programs_whatever_the_pool_holds() {
+    let scratch = Scratch::new();
+    let Some(hosts) = ZfsHost::pair(&scratch) else { return };
+    let mut cluster = Cluster::with(scratch, vec![hosts[0].options()]);
+    let node = &mut cluster.nodes[0];
+    node.log_filter = Some("info,flocker_storage::command=debug".to_owned());
+    programs_to_start(node);
+    let empty = programs_to_start(node);
+    for volume in ["db", "web", "mail"] {
+        node.cli(&["create", volume]).ok();
+        for number in 0..3 {
+            node.cli(&["snapshot", &format!("{volume}@s{number}")]).ok();
+        }
+    }
+    let full = programs_to_start(node);
+    // The first start after the heads were in use unmounts them.
+    let again = programs_to_start(node);
+    assert!((1..20).contains(&empty), "{empty}");
+    assert!(full <= empty + 3, "{full} programs, {empty} with an empty pool");
+    assert_eq!(again, empty);
+    assert_eq!(array(&node.cli(&["snapshots", "mail"]).ok().json()).len(), 3);
+}
+
 #[test]
 fn history_goes_natively_between_zfs_pools() {
     let scratch = Scratch::new();
