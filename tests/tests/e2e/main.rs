@@ -15,6 +15,7 @@ mod events;
 mod everything;
 mod faults;
 mod interrupted;
+mod lossy;
 mod matrix;
 mod memory;
 mod merge;
