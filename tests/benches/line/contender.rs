@@ -120,12 +120,13 @@ impl Contender {
     }
 }
 
-/// Sends through `openssl s_client`, which says no word of the end but closes; the server ends with the one connection.
+/// Sends through `openssl s_client`; the server ends with the one connection. It gives no session tickets: the client does not read
+/// them, and a socket that is closed with something unread takes back what it has sent and is still on its way.
 fn by_tls(field: &Field<'_>, source: &Path, destination: &Path) -> f64 {
     let [sender, receiver] = &field.line.ends;
     let place = field.place.display();
     let listen = format!(
-        "openssl s_server -accept {}:{TLS_PORT} -naccept 1 -quiet -key '{place}/tls.key' -cert '{place}/tls.crt'",
+        "openssl s_server -accept {}:{TLS_PORT} -naccept 1 -quiet -num_tickets 0 -key '{place}/tls.key' -cert '{place}/tls.crt'",
         receiver.address()
     );
     // Its input stays open: it would take the end of it for its own.
