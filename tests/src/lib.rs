@@ -13,6 +13,7 @@ pub mod command;
 pub mod data;
 pub mod http;
 pub mod invariants;
+pub mod line;
 pub mod needs;
 pub mod node;
 pub mod proxy;

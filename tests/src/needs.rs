@@ -1,6 +1,6 @@
 //! What a machine must have for a test, skipped loudly where it lacks it.
 //!
-//! `FLOCKER_REQUIRE` names what must not be skipped (CI names all): `root,xfs,btrfs,ext4,zfs-fuse,postgres,ssh,rsync,…`.
+//! `FLOCKER_REQUIRE` names what must not be skipped (CI names all): `root,xfs,btrfs,ext4,zfs-fuse,tun,postgres,ssh,rsync,…`.
 //! `openzfs` is there in the test machine (tests/vm) only, where `./test vm` demands it.
 
 use std::{env, path::Path, process::Command};
@@ -58,6 +58,9 @@ fn lack_of(need: &str) -> Option<String> {
             .or_else(|| without("zfs-fuse"))
             .or_else(|| without("nsenter"))
             .or_else(|| (!Path::new("/dev/fuse").exists()).then(|| "there is no /dev/fuse".to_owned())),
+        "tun" => lack_of("root")
+            .or_else(|| ["setpriv", "unshare", "nsenter", "ip"].into_iter().find_map(without))
+            .or_else(|| (!Path::new("/dev/net/tun").exists()).then(|| "there is no /dev/net/tun".to_owned())),
         "openzfs" => (!crate::zfs::has_openzfs()).then(|| "this is not the test machine of tests/vm".to_owned()),
         "setpriv" => without("setpriv"),
         "ssh" => without("sshd").or_else(|| without("ssh-keygen")),

@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::{
     command::{self, Output, Running, clean, flocker_binary},
     http::{self, Answer},
+    line::End,
     needs,
     scratch::Scratch,
     wait::{LONG, SHORT, wait_until},
@@ -37,6 +38,8 @@ pub struct Options {
     pub user: Option<&'static str>,
     /// The host with ZFS that it runs on; the machine itself when left out.
     pub host: Option<Arc<ZfsHost>>,
+    /// The end of a line that it runs at; the machine's own network when left out.
+    pub end: Option<Arc<End>>,
 }
 
 /// One node. Its daemon is killed when it is dropped.
@@ -349,9 +352,10 @@ impl Node {
     }
 
     fn command(&self) -> Command {
-        let call = |program: &Path| match &self.options.host {
-            Some(host) => host.command(program),
-            None => Command::new(program),
+        let call = |program: &Path| match (&self.options.host, &self.options.end) {
+            (Some(host), _) => host.command(program),
+            (None, Some(end)) => end.command(program),
+            (None, None) => Command::new(program),
         };
         let mut command = match needs::program("setpriv") {
             Some(setpriv) => {

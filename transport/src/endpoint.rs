@@ -10,13 +10,12 @@ use std::{
 };
 
 use flocker_certs::{Fingerprint, Identity, NodeId, PeerIdentity};
-use quinn::{
-    IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt, congestion::CubicConfig, crypto::rustls as quic,
-};
+use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt, crypto::rustls as quic};
 use tokio::time::timeout;
 
 use crate::{
     close::CloseCode,
+    congestion::PatientConfig,
     connection::Connection,
     error::{Error, ErrorKind, PeerFault, Result},
     reset,
@@ -25,7 +24,8 @@ use crate::{
 };
 
 /// Bytes on the way before the first acknowledgement: ten of the largest datagrams, as RFC 9002 (section 7.2) has it for
-/// ordinary ones.
+/// ordinary ones. With quinn's own the first large probes for the MTU fill it, and quinn sends no CONNECTION_CLOSE while it is full,
+/// so that a refusal would be lost.
 const INITIAL_WINDOW: u64 = 10 * DATAGRAM_LIMIT as u64;
 /// How long `shutdown` waits until the peers know.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -67,6 +67,27 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// Returns QUIC's parameters for these limits.
+    pub fn transport(&self) -> TransportConfig {
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(DATAGRAM_LIMIT);
+        let mut config = TransportConfig::default();
+        config
+            .congestion_controller_factory(Arc::new(PatientConfig::new(INITIAL_WINDOW)))
+            .max_idle_timeout(Some(IdleTimeout::try_from(self.idle).unwrap_or_else(|_| VarInt::MAX.into())))
+            .keep_alive_interval(Some(self.keep_alive))
+            .stream_receive_window(VarInt::from_u32(self.stream_window))
+            .receive_window(VarInt::from_u32(self.connection_window))
+            .send_window(u64::from(self.send_window))
+            .max_concurrent_bidi_streams(VarInt::from_u32(self.streams))
+            .max_concurrent_uni_streams(VarInt::from_u32(1))
+            .datagram_receive_buffer_size(None)
+            .mtu_discovery_config(Some(discovery));
+        config
+    }
+}
+
 /// A bound UDP socket that speaks QUIC in both roles; clones are the same socket.
 #[derive(Clone)]
 pub struct Endpoint {
@@ -95,7 +116,7 @@ impl Endpoint {
         let failed = |kind| Error::new("listen on", &addr, kind);
         let credentials = Credentials::new(&identity).map_err(failed)?;
         reset::outlive_restarts(&mut config, &identity).map_err(failed)?;
-        let transport = Arc::new(transport(&limits));
+        let transport = Arc::new(limits.transport());
         let initial = server_config(&credentials, Vec::new(), None, Verdict::default(), &transport).map_err(failed)?;
         let quic = quinn::Endpoint::new_with_abstract_socket(config, Some(initial), udp, runtime)
             .map_err(|error| failed(ErrorKind::from_io(error)))?;
@@ -166,7 +187,7 @@ pub async fn connect_newcomer(addr: SocketAddr, pin: Fingerprint, alpn: &[u8], l
     };
     let quic =
         quinn::Endpoint::client(local).map_err(|error| Error::new("connect to", addr, ErrorKind::from_io(error)))?;
-    connect_pinned_by(&quic, &Arc::new(transport(limits)), limits.connect, addr, pin, alpn).await
+    connect_pinned_by(&quic, &Arc::new(limits.transport()), limits.connect, addr, pin, alpn).await
 }
 
 async fn connect_pinned_by(
@@ -342,24 +363,4 @@ fn server_config(
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config.transport_config(transport.clone());
     Ok(config)
-}
-
-fn transport(limits: &Limits) -> TransportConfig {
-    let mut discovery = MtuDiscoveryConfig::default();
-    discovery.upper_bound(DATAGRAM_LIMIT);
-    let mut congestion = CubicConfig::default();
-    congestion.initial_window(INITIAL_WINDOW);
-    let mut config = TransportConfig::default();
-    config
-        .congestion_controller_factory(Arc::new(congestion))
-        .max_idle_timeout(Some(IdleTimeout::try_from(limits.idle).unwrap_or_else(|_| VarInt::MAX.into())))
-        .keep_alive_interval(Some(limits.keep_alive))
-        .stream_receive_window(VarInt::from_u32(limits.stream_window))
-        .receive_window(VarInt::from_u32(limits.connection_window))
-        .send_window(u64::from(limits.send_window))
-        .max_concurrent_bidi_streams(VarInt::from_u32(limits.streams))
-        .max_concurrent_uni_streams(VarInt::from_u32(1))
-        .datagram_receive_buffer_size(None)
-        .mtu_discovery_config(Some(discovery));
-    config
 }

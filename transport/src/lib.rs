@@ -10,6 +10,7 @@
 mod bulk;
 mod close;
 mod codec;
+mod congestion;
 mod connection;
 mod endpoint;
 mod error;

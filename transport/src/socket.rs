@@ -42,6 +42,11 @@ impl Socket {
     pub fn over(udp: Arc<dyn AsyncUdpSocket>, config: EndpointConfig) -> Self {
         Self { udp, runtime: Arc::new(TokioRuntime), config }
     }
+
+    /// Returns what a bare endpoint of quinn is made of, for comparison.
+    pub fn into_parts(self) -> (Arc<dyn AsyncUdpSocket>, Arc<dyn Runtime>, EndpointConfig) {
+        (self.udp, self.runtime, self.config)
+    }
 }
 
 /// Best effort: the kernel caps the sizes for users without `CAP_NET_ADMIN` (net.core.rmem_max), and a small buffer only costs

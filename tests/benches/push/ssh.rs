@@ -1,8 +1,9 @@
-//! An ssh server of the benchmark's own, on loopback, with keys made for it.
+//! An ssh server of the benchmark's own, with keys made for it.
 
 use std::{
     fs,
-    net::TcpStream,
+    net::SocketAddr,
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
@@ -15,13 +16,19 @@ pub(crate) struct Ssh {
 }
 
 impl Ssh {
+    /// Starts it on loopback.
+    #[allow(dead_code, reason = "the benchmark of lines has it elsewhere")]
     pub(crate) fn start(scratch: &Scratch) -> Self {
+        Self::start_at(scratch, free_address(), |program| Command::new(program))
+    }
+
+    /// Starts it at an address, by calls of its program that are made as `call` does.
+    pub(crate) fn start_at(scratch: &Scratch, address: SocketAddr, call: impl Fn(&Path) -> Command) -> Self {
         let folder = scratch.folder("ssh");
         for key in ["host-key", "key"] {
             run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(folder.join(key)));
         }
         fs::copy(folder.join("key.pub"), folder.join("authorized")).unwrap();
-        let address = free_address();
         let config = format!(
             "ListenAddress {address}\nHostKey {0}/host-key\nAuthorizedKeysFile {0}/authorized\nPidFile none\n\
              StrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n",
@@ -30,20 +37,22 @@ impl Ssh {
         fs::write(folder.join("config"), config).unwrap();
         // Where sshd confines its unprivileged half (sshd(8)).
         let _ = fs::create_dir_all("/run/sshd");
-        let server = Command::new(program("sshd").unwrap())
+        let log = folder.join("log");
+        let server = call(&program("sshd").unwrap())
             .args(["-D", "-e", "-f"])
             .arg(folder.join("config"))
             .stdin(Stdio::null())
-            .stderr(fs::File::create(folder.join("log")).unwrap())
+            .stderr(fs::File::create(&log).unwrap())
             .spawn()
             .unwrap();
         let options = format!(
             "ssh -q -p {} -i {}/key -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-             -o HostName=127.0.0.1",
+             -o HostName={}",
             address.port(),
-            folder.display()
+            folder.display(),
+            address.ip()
         );
-        wait_until("sshd listens", SHORT, || TcpStream::connect(address).ok());
+        wait_until("sshd listens", SHORT, || fs::read_to_string(&log).unwrap().contains("listening").then_some(()));
         Self { server, options }
     }
 

@@ -16,6 +16,7 @@ mod everything;
 mod faults;
 mod interrupted;
 mod limits;
+mod lossy;
 mod matrix;
 mod memory;
 mod merge;
