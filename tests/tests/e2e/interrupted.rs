@@ -166,6 +166,8 @@ fn a_line_that_is_cut_for_a_while_is_no_failure() {
     let done = a.wait_done(&id, LONG);
 
     assert!(progress(&done, "delta_bytes") >= stalled);
+    assert!(progress(&done, "resumed") >= 1, "{done}");
+    assert!(proxy.forwarded_bytes() < 240 * MEBIBYTE, "about 200 MiB travelled once only");
     assert_equal(&mount, &b.mount("db"));
 }
 
