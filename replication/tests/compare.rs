@@ -242,6 +242,14 @@ fn a_destroyed_ancestor_is_known_by_who_remembers_it() {
 }
 
 #[test]
+fn where_memory_ends_on_the_way_the_snapshot_before_stands_for_the_rest() {
+    // 5 follows 4, which followed 3; of 3 nobody knows anything.
+    let pruned = [held(1, &[]), held(5, &[4])];
+    let relation = relate_remembering((&pruned, &memory(&[(4, &[3])])), (&chain(&[1]), &Memory::new()), 5);
+    assert_eq!(numbers(&relation), ("fast-forward", Some(1), vec![5], vec![]));
+}
+
+#[test]
 fn what_is_remembered_makes_nobody_hold_anything() {
     // By the receiver's memory it could build on 2.
     let relation =
