@@ -250,6 +250,13 @@ fn where_memory_ends_on_the_way_the_snapshot_before_stands_for_the_rest() {
 }
 
 #[test]
+fn a_parent_that_is_listed_behind_its_child_is_none() {
+    let out_of_order = [held(9, &[]), held(2, &[1]), held(1, &[])];
+    let relation = relate(&out_of_order, &[held(1, &[])], HeadState::Clean, 2);
+    assert_eq!(numbers(&relation).0, "unrelated", "{relation:?}");
+}
+
+#[test]
 fn what_is_remembered_makes_nobody_hold_anything() {
     // By the receiver's memory it could build on 2.
     let relation =
