@@ -247,6 +247,10 @@ fn where_memory_ends_on_the_way_the_snapshot_before_stands_for_the_rest() {
     let pruned = [held(1, &[]), held(5, &[4])];
     let relation = relate_remembering((&pruned, &memory(&[(4, &[3])])), (&chain(&[1]), &Memory::new()), 5);
     assert_eq!(numbers(&relation), ("fast-forward", Some(1), vec![5], vec![]));
+    // The same in the middle of what is sent.
+    let longer = [held(1, &[]), held(5, &[4]), held(6, &[5])];
+    let relation = relate_remembering((&longer, &memory(&[(4, &[3])])), (&chain(&[1]), &Memory::new()), 6);
+    assert_eq!(numbers(&relation), ("fast-forward", Some(1), vec![5, 6], vec![]));
 }
 
 #[test]
