@@ -254,6 +254,20 @@ fn where_memory_ends_on_the_way_the_snapshot_before_stands_for_the_rest() {
 }
 
 #[test]
+fn what_is_remembered_leads_through_what_nobody_holds() {
+    // To a new volume all goes that leads to the wanted one.
+    let pruned = [held(1, &[]), held(5, &[4])];
+    let forgotten = offered(&lineage(&pruned), &memory(&[(4, &[1])]));
+    let offer = Offer { forgotten, ..offer(&pruned, 5) };
+    let relation = compare(&Sender::from(&offer), &Receiver::from(&answer(None)), id(5)).unwrap();
+    assert_eq!(numbers(&relation), ("fast-forward", None, vec![1, 5], vec![]));
+    // One parent of a merge is known to lead to 1; so that the other is unknown does not make 2 an ancestor.
+    let merged = [held(1, &[]), held(2, &[1]), held(5, &[4, 8])];
+    let relation = relate_remembering((&merged, &memory(&[(4, &[1])])), (&chain(&[1, 2]), &Memory::new()), 5);
+    assert_eq!(numbers(&relation), ("diverged", Some(1), vec![5], vec![2]));
+}
+
+#[test]
 fn a_parent_that_is_listed_behind_its_child_is_none() {
     let out_of_order = [held(9, &[]), held(2, &[1]), held(1, &[])];
     let relation = relate(&out_of_order, &[held(1, &[])], HeadState::Clean, 2);
