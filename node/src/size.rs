@@ -2,11 +2,8 @@
 
 use std::str::FromStr;
 
-use serde::Deserialize;
-
 /// A number of bytes: `512MiB`, `10G`, `1.5T`, `1000000`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size(pub u64);
 
 /// Suffixes of a size and what they stand for. As in zfs and docker a lone letter is a power of 1024.
@@ -55,14 +52,6 @@ impl FromStr for Size {
             Some(Ok(bytes)) => Ok(Self(bytes)),
             _ => Err("it is more than 16 EiB".to_owned()),
         }
-    }
-}
-
-impl TryFrom<String> for Size {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
     }
 }
 

@@ -124,6 +124,10 @@ impl Job {
         let now = Instant::now();
         let earlier = (resource.progress.delta_bytes, resource.progress.wire_bytes);
         let worked_before = Duration::from_millis(resource.progress.elapsed_ms);
+        let over = CancellationToken::new();
+        if resource.state.is_final() {
+            over.cancel();
+        }
         Some(Self {
             id: resource.id.parse().ok()?,
             volume: resource.volume.clone(),
@@ -133,7 +137,7 @@ impl Job {
             pause: Mutex::default(),
             work: tokio::sync::Mutex::default(),
             portable: AtomicBool::new(false),
-            over: CancellationToken::new(),
+            over,
             events,
             poke: Notify::new(),
             status: Mutex::new(Status {
