@@ -51,6 +51,11 @@ pub(crate) const COMMIT_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 /// How long a cut stream waits for its receiver to come back before its frames are let go.
 pub(crate) const PARK_TIME: Duration = Duration::from_secs(120);
 
+/// How long a push runs until it is asked how much there is to send: most are over by then.
+const ESTIMATE_AFTER: Duration = Duration::from_secs(1);
+/// The most snapshots whose deltas are estimated; of more, their number says enough.
+const ESTIMATED_STEPS: usize = 64;
+
 /// What a sender is asked to do.
 pub(crate) struct Sending {
     /// The same for each attempt.
@@ -222,14 +227,18 @@ pub(crate) async fn send(
         }
         // Where this node tells the user itself, and the receiver has nothing to resolve, the last step's end is the exchange's.
         let ends_with_a_step = job.is_some() && !resolving;
-        for (number, step) in (0_u32..).zip(&steps) {
-            let after = match ends_with_a_step && number as usize + 1 == steps.len() {
-                true => After::Nothing,
-                false => After::More,
-            };
-            send_step(node, line, sending, job, number, step, after, &lineage, &answer).await?;
-            node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
-        }
+        let sending_all = async {
+            for (number, step) in (0_u32..).zip(&steps) {
+                let after = match ends_with_a_step && number as usize + 1 == steps.len() {
+                    true => After::Nothing,
+                    false => After::More,
+                };
+                send_step(node, line, sending, job, number, step, after, &lineage, &answer).await?;
+                node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
+            }
+            Ok::<_, Failure>(())
+        };
+        beside(sending_all, estimate(node, job, sending.compare, &steps)).await?;
         if ends_with_a_step {
             return Ok(outcome.into());
         }
@@ -294,6 +303,40 @@ fn compare(
         Plan::FastForward(outcome, steps) => (outcome, steps),
         Plan::Refuse(refusal) => (refusal.0, Vec::new()),
     })
+}
+
+/// Does some work, and something beside it that ends with it at the latest.
+async fn beside<T>(work: impl Future<Output = T>, beside: impl Future<Output = ()>) -> T {
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        biased;
+        done = &mut work => done,
+        () = beside => work.await,
+    }
+}
+
+/// Tells the user how much there is to send, where sending takes long enough to ask for it.
+async fn estimate(node: &Node, job: Option<&Arc<Job>>, compare: Compare, steps: &[Step]) {
+    let Some(job) = job.filter(|job| job.is_unestimated() && steps.len() <= ESTIMATED_STEPS) else { return };
+    let mut bytes = job.resource().progress.delta_bytes;
+    tokio::time::sleep(ESTIMATE_AFTER).await;
+    for step in steps {
+        let Some(base) = step.base.map(|base| base.on_sender) else {
+            bytes += step.snapshot.logical_bytes;
+            continue;
+        };
+        let (target, format) = (step.snapshot.key(), step.format.clone());
+        let request = DeltaRequest { base: Some(base), target, format, compare, resume: None };
+        match node.driver.estimate_delta(request).await {
+            Ok(Some(estimate)) => bytes += estimate,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!(transfer = %job.id, error = %problem::chain(&error), "no estimate of what is to be sent");
+                return;
+            }
+        }
+    }
+    job.expects(bytes);
 }
 
 /// Sends one snapshot and waits until the receiver holds it.

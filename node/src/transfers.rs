@@ -222,6 +222,18 @@ impl Job {
         resource.outcome = Some(outcome.clone());
     }
 
+    /// Tells whether nobody knows yet how much there is to send.
+    pub(crate) fn is_unestimated(&self) -> bool {
+        self.status().resource.progress.expected_bytes.is_none()
+    }
+
+    /// Notes how many bytes all deltas together have.
+    pub(crate) fn expects(&self, bytes: u64) {
+        let mut status = self.status();
+        status.resource.progress.expected_bytes = Some(bytes);
+        self.tell(&mut status);
+    }
+
     /// Notes a step of a pull, whose plan only the sender knows.
     pub(crate) fn step_begun(&self, number: u32, logical_bytes: u64) {
         let mut status = self.status();

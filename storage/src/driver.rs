@@ -76,6 +76,9 @@ pub trait Driver: Send + Sync {
     /// Compares a snapshot with its inventory: all metadata, or all contents where a digest was kept. Empty: as taken.
     async fn verify(&self, snapshot: SnapshotKey, compare: Compare) -> Result<Vec<Finding>>;
 
+    /// Estimates how many bytes the stream of a delta has, from metadata: an upper bound where the driver can give no better.
+    /// `None` where it can tell nothing. Dropping the future ends the work.
+    async fn estimate_delta(&self, request: DeltaRequest) -> Result<Option<u64>>;
     /// Opens a delta for reading.
     async fn read_delta(&self, request: DeltaRequest) -> Result<Box<dyn DeltaReader>>;
     /// Opens a staging place for a delta.

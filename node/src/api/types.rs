@@ -445,7 +445,8 @@ pub struct TransferProgress {
     pub volume_bytes: u64,
     /// Bytes of deltas taken in by the receiver so far.
     pub delta_bytes: u64,
-    /// Bytes of deltas expected in all, where they can be told ahead (the first full copy; an upper bound).
+    /// Bytes of deltas expected in all, an upper bound, where they can be told: at once of the first full copy, else when a push
+    /// has run for a second, from the driver. A pull knows none.
     pub expected_bytes: Option<u64>,
     /// Bytes that travelled, after compression.
     pub wire_bytes: u64,

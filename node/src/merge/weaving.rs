@@ -295,7 +295,7 @@ mod tests {
         let mut writer = write(trees(paths), view(&paths[1]), plan).unwrap();
         copy(&paths[1], result);
         let (dest, base) = (Root::open(result).unwrap(), Root::open(&paths[1]).unwrap());
-        let mut applier = Applier::new(dest, Some(base), Sharing::Exclusive, None, Box::new(|_| Ok(()))).unwrap();
+        let mut applier = Applier::new(dest, Some(base), Sharing::Exclusive, None, None).unwrap();
         while let Some(chunk) = writer.next_chunk().unwrap() {
             applier.feed(&chunk).unwrap();
         }

@@ -18,6 +18,7 @@ pub(super) const CASES: &[Case] = &[
     ("a_clone_travels_as_the_difference_from_its_origin", |bench| Box::pin(clone_of_origin(bench))),
     ("a_tree_on_an_older_base_than_the_newest_leaves_that_one", |bench| Box::pin(older_base(bench))),
     ("a_delta_read_with_contents_makes_the_same_tree", |bench| Box::pin(by_contents(bench))),
+    ("an_estimate_is_near_the_length_of_the_stream", |bench| Box::pin(estimates(bench))),
     ("nothing_is_visible_before_commit_and_a_drop_leaves_nothing", |bench| Box::pin(drop_leaves_nothing(bench))),
     ("a_garbage_or_truncated_stream_leaves_the_old_lineage", |bench| Box::pin(garbage(bench))),
     ("a_volume_has_one_open_receive", |bench| Box::pin(one_receive(bench))),
@@ -68,6 +69,46 @@ async fn full_and_incremental(bench: &Bench) {
         let bytes = |chunks: &[Bytes]| chunks.iter().map(Bytes::len).sum::<usize>();
         assert!(bytes(&step) < bytes(&full) / 2 && bytes(&none) < bytes(&step), "a delta is smaller than a full copy");
     }
+}
+
+/// Data that nothing makes shorter.
+fn noise(seed: u32, length: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+async fn estimates(bench: &Bench) {
+    const MEBIBYTE: usize = 1 << 20;
+    let driver = bench.open("a").await;
+    let record = volume("db");
+    driver.create(&record).await.expect("created");
+    write(&*driver, record.id, |head| {
+        std::fs::write(head.join("stays"), noise(1, 3 * MEBIBYTE)).expect("written");
+        std::fs::write(head.join("goes"), noise(2, MEBIBYTE)).expect("written");
+    })
+    .await;
+    let one = take(&*driver, record.id, "one").await;
+    write(&*driver, record.id, |head| {
+        std::fs::write(head.join("comes"), noise(3, 2 * MEBIBYTE)).expect("written");
+        std::fs::remove_file(head.join("goes")).expect("removed");
+    })
+    .await;
+    let two = take(&*driver, record.id, "two").await;
+    let mut told = 0;
+    for format in driver.capabilities().formats.clone() {
+        for request in [delta(Some(&one), &two, &format), delta(None, &two, &format)] {
+            let Some(estimate) = driver.estimate_delta(request.clone()).await.expect("asked") else { continue };
+            told += 1;
+            let length = read_all(&*driver, request).await.expect("a delta").iter().map(Bytes::len).sum::<usize>() as u64;
+            assert!(estimate + length / 16 >= length, "{format}: {estimate} of {length} bytes");
+            assert!(estimate <= length + length / 4, "{format}: {estimate} of {length} bytes");
+        }
+    }
+    assert!(told > 0, "the driver can tell nothing of any format");
 }
 
 async fn clone_of_origin(bench: &Bench) {

@@ -14,6 +14,8 @@ pub mod btrfs;
 #[cfg(feature = "directory")]
 pub mod directory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
+mod estimate;
+#[cfg(any(feature = "btrfs", feature = "directory"))]
 mod folder;
 #[cfg(feature = "memory")]
 pub mod memory;

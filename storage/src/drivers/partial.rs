@@ -19,7 +19,7 @@ use crate::{
     fault,
     model::{SnapshotId, VolumeId},
     records::{self, RecordError},
-    tree::apply::OnCheckpoint,
+    tree::checkpoints::OnCheckpoint,
 };
 
 const RECORD: &str = "receive.json";
@@ -118,7 +118,7 @@ impl Progress {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Returns what keeps each checkpoint durably; the applier has synced the tree before.
+    /// Returns what keeps each checkpoint durably, once the tree is.
     pub(super) fn recorder(
         self: &Arc<Self>,
         request: &ReceiveRequest,
@@ -131,12 +131,15 @@ impl Progress {
         Box::new(move |point| {
             let received_bytes = progress.received_bytes.load(Ordering::Relaxed);
             let (snapshot, format) = (snapshot.clone(), format.clone());
-            let partial = Partial { volume, snapshot, base, format, point: point.clone(), received_bytes };
-            records::write("receive", &dir, RECORD, &partial)
-                .map_err(|error| Error::io("keep the checkpoint of", volume, error))?;
-            *progress.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(point);
-            fault::point(fault_point);
-            Ok(())
+            let partial = Partial { volume, snapshot, base, format, point, received_bytes };
+            let (progress, dir) = (Arc::clone(&progress), dir.clone());
+            Box::new(move || {
+                records::write("receive", &dir, RECORD, &partial)
+                    .map_err(|error| Error::io("keep the checkpoint of", volume, error))?;
+                *progress.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(partial.point);
+                fault::point(fault_point);
+                Ok(())
+            })
         })
     }
 }

@@ -7,8 +7,8 @@
 //! | state | `Start` | entry record | `Data`, `Hole` | `Checkpoint` | `End` | end of bytes |
 //! |---|---|---|---|---|---|---|
 //! | start | → entries | corrupt | corrupt | corrupt | corrupt | corrupt |
-//! | entries | corrupt | made | corrupt | verified, durable | → ended | corrupt |
-//! | in a file | corrupt | file done, made | written | verified, durable | file done, → ended | corrupt |
+//! | entries | corrupt | made | corrupt | verified, made durable | → ended | corrupt |
+//! | in a file | corrupt | file done, made | written | verified, made durable | file done, → ended | corrupt |
 //! | ended | corrupt | corrupt | corrupt | corrupt | corrupt | done |
 //!
 //! Records after a checkpoint may be taken in a second time, after a break: each has the same result then.
@@ -26,6 +26,7 @@ use rustix::{
 use super::{
     arrivals::Arrivals,
     builder::{Builder, Origin},
+    checkpoints::{Checkpoints, OnCheckpoint},
     data::{self, Reflinks},
     entry::{Metadata, Status},
     path::TreePath,
@@ -63,15 +64,12 @@ pub struct Applied {
     pub arrivals: Option<Arrivals>,
 }
 
-/// Called with each place the stream can be resumed at, once all before it is durable.
-pub type OnCheckpoint = Box<dyn FnMut(ResumePoint) -> Result<()> + Send>;
-
 /// Takes in one stream. After an error nothing more is taken; dropping it leaves the destination as it is.
 pub struct Applier {
     builder: Builder,
     base: Option<Root>,
     sharing: Sharing,
-    on_checkpoint: OnCheckpoint,
+    checkpoints: Checkpoints,
     state: State,
     /// Bytes of a frame that is not complete.
     buffer: Vec<u8>,
@@ -128,20 +126,21 @@ impl OpenFile {
 
 impl Applier {
     /// Starts to make the target in `dest`, which holds the base (or is empty where there is none), or what an earlier
-    /// applier left, if `resume` is the last point that it reported. `base` is the base snapshot's own tree.
+    /// applier left, if `resume` is the last point that it reported. `base` is the base snapshot's own tree. Without
+    /// `on_checkpoint` the stream is not gone on with after a break, and nothing is durable before its end.
     pub fn new(
         dest: Root,
         base: Option<Root>,
         sharing: Sharing,
         resume: Option<ResumePoint>,
-        on_checkpoint: OnCheckpoint,
+        on_checkpoint: Option<OnCheckpoint>,
     ) -> Result<Self> {
         let resume = resume.as_ref().map(Position::from_point).transpose()?;
         Ok(Self {
             builder: Builder::new(dest),
             base,
             sharing,
-            on_checkpoint,
+            checkpoints: Checkpoints::new(on_checkpoint),
             state: State::Start,
             buffer: Vec::new(),
             hasher: blake3::Hasher::new(),
@@ -179,6 +178,11 @@ impl Applier {
         self.builder.take_findings()
     }
 
+    /// Waits until the checkpoints that were passed are durable and told.
+    pub fn settle(&mut self) -> Result<()> {
+        self.checkpoints.settle()
+    }
+
     /// Checks that the stream was complete, and makes all of it durable.
     pub fn finish(self) -> Result<Applied> {
         let root = self.builder.root().try_clone()?;
@@ -192,6 +196,7 @@ impl Applier {
         if self.state != State::Ended {
             return Err(self.corrupt("the stream is truncated"));
         }
+        self.checkpoints.settle()?;
         let findings = self.builder.take_findings();
         Ok(Applied { summary: self.summary, findings, arrivals: self.arrivals })
     }
@@ -565,8 +570,7 @@ impl Applier {
         self.verify(digest)?;
         let Some(position) = &self.position else { return Ok(()) };
         let point = position.to_point()?;
-        self.builder.root().sync()?;
-        (self.on_checkpoint)(point)
+        self.checkpoints.begin(self.builder.root().try_clone()?, point)
     }
 
     fn show(&self, name: &[u8]) -> String {

@@ -144,6 +144,30 @@ impl Blocks {
         Ok(self.compare(start, 0, count))
     }
 
+    /// Returns how many bytes the rest of the file may have to be sent, without reading any: all data that lies elsewhere than
+    /// the base's.
+    pub(super) fn unread_bytes(&mut self) -> Result<u64, Errno> {
+        let mut bytes = 0;
+        while self.offset < self.target.size {
+            let (data, end) = self.target.data(self.offset)?;
+            self.offset = data;
+            let end = end.min(self.target.size);
+            let common = self.base.as_ref().map_or(0, |base| base.size.min(end));
+            while self.offset < end {
+                let is_common = self.offset < common;
+                match self.shared.as_mut().filter(|_| is_common).and_then(|shared| shared.end_at(self.offset)) {
+                    Some(shared) => self.offset = shared.min(common),
+                    None => {
+                        let next = end.min((self.offset / BLOCK as u64 + 1) * BLOCK as u64);
+                        bytes += next - self.offset;
+                        self.offset = next;
+                    }
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Reads a file of one window without asking where its holes are. `None`: there may be some.
     fn small(&mut self) -> Result<Option<Found>, Errno> {
         let size = self.target.size as usize;

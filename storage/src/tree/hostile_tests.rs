@@ -38,7 +38,7 @@ impl Yard {
 
     fn applier(&self) -> Applier {
         let dest = Root::open(&self.dest).unwrap();
-        Applier::new(dest, None, Sharing::Exclusive, None, Box::new(|_| Ok(()))).unwrap()
+        Applier::new(dest, None, Sharing::Exclusive, None, None).unwrap()
     }
 
     fn check_outside(&self) {
@@ -309,7 +309,7 @@ fn the_base_is_never_modified_through_a_shared_inode() {
     let open = |path: &Path| Root::open(path).unwrap();
     for base in [Some(open(&base)), None] {
         let sharing = if base.is_some() { Sharing::HardLinked } else { Sharing::Exclusive };
-        let mut applier = Applier::new(open(&yard.dest), base, sharing, None, Box::new(|_| Ok(()))).unwrap();
+        let mut applier = Applier::new(open(&yard.dest), base, sharing, None, None).unwrap();
         applier.feed(&stream(&records)).unwrap();
         applier.finish().unwrap();
         yard.check_outside();

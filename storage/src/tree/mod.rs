@@ -11,6 +11,7 @@ pub mod apply;
 pub mod arrivals;
 mod blocks;
 mod builder;
+pub mod checkpoints;
 pub mod compose;
 pub mod copy;
 mod data;

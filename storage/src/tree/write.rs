@@ -78,6 +78,8 @@ pub struct DeltaWriter {
     summary: Summary,
     stop: Arc<AtomicBool>,
     ended: bool,
+    /// What files would have to be read for, where only the length of the stream is asked for.
+    unread_bytes: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -130,6 +132,7 @@ impl DeltaWriter {
             summary: Summary::default(),
             stop: Arc::default(),
             ended: false,
+            unread_bytes: None,
         };
         writer.out.put(&Record::Start { magic: MAGIC, resume })?;
         Ok(writer)
@@ -150,10 +153,7 @@ impl DeltaWriter {
     /// Returns the next chunk: 256 KiB at most, never empty, `None` at the end.
     pub fn next_chunk(&mut self) -> Result<Option<Bytes>> {
         while self.out.bytes.len() < CHUNK_LIMIT && !self.ended {
-            if self.stop.load(Memory::Relaxed) {
-                let stopped = std::io::Error::from(std::io::ErrorKind::Interrupted);
-                return Err(Error::io("read delta of", self.target.walk_root(), stopped));
-            }
+            self.give_way()?;
             self.step()?;
             if !self.ended {
                 self.out.checkpoint_if_due()?;
@@ -161,6 +161,20 @@ impl DeltaWriter {
         }
         let length = self.out.bytes.len().min(CHUNK_LIMIT);
         Ok((length > 0).then(|| self.out.bytes.split_to(length).freeze()))
+    }
+
+    /// Walks to the end without reading a file, and returns how many bytes the stream has at most, but for the heads of its
+    /// records. What the file system says of extents that both versions share is taken off.
+    pub fn estimate(mut self) -> Result<u64> {
+        self.unread_bytes = Some(0);
+        let mut bytes = 0;
+        while !self.ended {
+            self.give_way()?;
+            self.step()?;
+            bytes += self.out.bytes.len() as u64;
+            self.out.bytes.clear();
+        }
+        Ok(bytes + self.unread_bytes.unwrap_or(0))
     }
 
     /// Returns the target's totals; complete once the last chunk was returned.
@@ -171,6 +185,14 @@ impl DeltaWriter {
     /// Returns what was left out of the target.
     pub fn take_findings(&mut self) -> Vec<Finding> {
         self.target.walk.take_findings()
+    }
+
+    fn give_way(&self) -> Result<()> {
+        if self.stop.load(Memory::Relaxed) {
+            let stopped = std::io::Error::from(std::io::ErrorKind::Interrupted);
+            return Err(Error::io("read delta of", self.target.walk_root(), stopped));
+        }
+        Ok(())
     }
 
     /// Does a bounded piece of work.
@@ -388,6 +410,11 @@ impl DeltaWriter {
     /// Looks at one piece of the current file.
     fn step_file(&mut self) -> Result<()> {
         let Some(mut job) = self.file.take() else { return Ok(()) };
+        if let Some(bytes) = &mut self.unread_bytes {
+            *bytes += job.blocks.unread_bytes().map_err(|error| Error::io("read", &job.path, error))?;
+            self.buffers = job.blocks.into_buffers();
+            return Ok(());
+        }
         let found = job.blocks.next().map_err(|error| match error {
             Errno::STALE => Error::new(
                 "read",

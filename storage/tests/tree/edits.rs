@@ -173,6 +173,7 @@ proptest! {
             for piece in stream.chunks(500) {
                 if left == Some(0) { break; }
                 broken.feed(piece).unwrap();
+                broken.settle().unwrap();
                 if seen.lock().unwrap().last() == Some(&point) && left.is_none() {
                     left = Some(beyond / 500 + 1);
                 }

@@ -12,6 +12,7 @@ use flocker_storage::{
     error::Result,
     tree::{
         apply::{Applied, Applier, Sharing},
+        checkpoints::OnCheckpoint,
         copy::Copier,
         entry::EntryKind,
         listing::differences,
@@ -96,11 +97,14 @@ pub(crate) fn applier(
     points: &Points,
 ) -> Result<Applier> {
     let points = Arc::clone(points);
-    let on_checkpoint = Box::new(move |point| {
-        points.lock().unwrap().push(point);
-        Ok(())
+    let on_checkpoint: OnCheckpoint = Box::new(move |point| {
+        let points = Arc::clone(&points);
+        Box::new(move || {
+            points.lock().unwrap().push(point);
+            Ok(())
+        })
     });
-    Applier::new(Root::open(dest)?, base.map(Root::open).transpose()?, sharing, resume, on_checkpoint)
+    Applier::new(Root::open(dest)?, base.map(Root::open).transpose()?, sharing, resume, Some(on_checkpoint))
 }
 
 pub(crate) fn apply(stream: &[u8], dest: &Path, base: Option<&Path>, sharing: Sharing) -> Result<Applied> {

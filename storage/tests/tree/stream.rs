@@ -191,6 +191,7 @@ fn a_stream_goes_on_from_every_checkpoint() {
             let mut more = 330;
             for piece in stream.chunks(1000) {
                 broken.feed(piece).unwrap();
+                broken.settle().unwrap();
                 point = point.or_else(|| points.lock().unwrap().get(wanted).cloned());
                 more -= i32::from(point.is_some());
                 if more == 0 {
@@ -217,6 +218,7 @@ fn what_was_taken_in_is_not_sent_again() {
     let points = Points::default();
     let mut taken = applier(&dest, Some(&trees.base), Sharing::HardLinked, None, &points).unwrap();
     taken.feed(&stream).unwrap();
+    taken.settle().unwrap();
     let last = points.lock().unwrap().last().cloned().unwrap();
     let rest = drain(writer_with_checkpoints(&trees, true, Some(&last)));
     assert!(rest.len() < stream.len() / 5, "{} of {} bytes again", rest.len(), stream.len());
@@ -230,6 +232,7 @@ fn a_stream_that_starts_elsewhere_is_refused() {
     let points = Points::default();
     let mut taken = applier(&dest, None, Sharing::Exclusive, None, &points).unwrap();
     taken.feed(&stream).unwrap();
+    taken.settle().unwrap();
     let point = points.lock().unwrap()[3].clone();
     let mut other = applier(&dest, None, Sharing::Exclusive, Some(point), &points).unwrap();
     assert!(matches!(other.feed(&stream).unwrap_err().kind, ErrorKind::Corrupt(_)));

@@ -92,6 +92,31 @@ fn a_slow_line_is_told_from_a_slow_receiver() {
     assert_equal(&mount, &b.mount("db"));
 }
 
+#[test]
+fn how_much_there_is_to_send_shows_while_it_is_sent() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = prepare(a, "db", 153, 3);
+    a.push("db@one", "host-b");
+    write_random(&mount.join("more"), 154, 6 * MEBIBYTE);
+    a.cli(&["snapshot", "db@two"]).ok();
+
+    let push = ["push", "db@two", "host-b", "--limit", "2M", "--detach"];
+    let id = text(&a.cli(&push).ok().json()["id"]);
+    let expected = wait_until("it shows how much there is to send", LONG, || {
+        let transfer = a.transfer(&id);
+        assert_eq!(transfer["state"], "running", "it ended before: {transfer}");
+        transfer["progress"]["expected_bytes"].as_u64()
+    });
+
+    // The file that was there before is not among it.
+    assert!((6 * MEBIBYTE..7 * MEBIBYTE).contains(&expected), "{expected} bytes");
+    let done = a.wait_done(&id, LONG);
+    let sent = done["progress"]["delta_bytes"].as_u64().unwrap();
+    assert!(sent.abs_diff(expected) < MEBIBYTE / 8, "{sent} bytes of {expected}");
+    assert_equal(&mount, &b.mount("db"));
+}
+
 /// Returns a sample of the numbers by its name with labels.
 fn sample(node: &Node, name: &str) -> Option<f64> {
     let answer = node.http("GET", "/metrics", None).is(200);

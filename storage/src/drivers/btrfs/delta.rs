@@ -113,6 +113,13 @@ impl Pool {
         Ok(Source::Kernel(sending))
     }
 
+    /// Compares two trees as the portable format does, whatever the format: for an estimate, which no program is started for.
+    pub(super) fn comparing(&self, request: &DeltaRequest) -> Result<DeltaWriter> {
+        let side = |key| Ok(Side { root: Root::open(self.tree_dir(key))?, links: Links::ByInode });
+        let base = request.base.map(side).transpose()?;
+        DeltaWriter::new(base, side(request.target)?, request.compare, None)
+    }
+
     /// Opens one side of a delta. A snapshot that somebody changed is not sent.
     fn side(&self, key: SnapshotKey) -> Result<Side> {
         self.refuse_tampered(OPERATION, key)?;

@@ -31,7 +31,7 @@ mod subvolume;
 mod trash;
 
 use self::pool::Pool;
-use super::PoolSpec;
+use super::{PoolSpec, estimate};
 use crate::{
     delta::{Compare, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
@@ -190,6 +190,11 @@ impl Driver for BtrfsDriver {
 
     async fn verify(&self, snapshot: SnapshotKey, compare: Compare) -> Result<Vec<Finding>> {
         self.with("verify snapshot", move |pool| pool.verify(snapshot, compare)).await
+    }
+
+    async fn estimate_delta(&self, request: DeltaRequest) -> Result<Option<u64>> {
+        let writer = self.with("estimate delta of", move |pool| pool.comparing(&request)).await?;
+        estimate::by_walk(writer).await
     }
 
     async fn read_delta(&self, request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {

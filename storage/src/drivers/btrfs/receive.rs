@@ -153,7 +153,7 @@ impl Pool {
             }
         };
         let on_checkpoint = progress.recorder(request, stage.path(), "btrfs.receive.checkpoint");
-        Applier::new(Root::open(tree)?, base, Sharing::Exclusive, request.resume.clone(), on_checkpoint)
+        Applier::new(Root::open(tree)?, base, Sharing::Exclusive, request.resume.clone(), Some(on_checkpoint))
     }
 
     fn take_stream(&self, request: &ReceiveRequest, stage: &Stage, version: u32) -> Result<Stream> {

@@ -25,7 +25,7 @@ mod trash;
 mod verify;
 
 use self::pool::Pool;
-use super::PoolSpec;
+use super::{PoolSpec, estimate};
 use crate::{
     delta::{Compare, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
@@ -180,6 +180,11 @@ impl Driver for DirectoryDriver {
 
     async fn verify(&self, snapshot: SnapshotKey, compare: Compare) -> Result<Vec<Finding>> {
         self.with("verify snapshot", move |pool| pool.verify(snapshot, compare)).await
+    }
+
+    async fn estimate_delta(&self, request: DeltaRequest) -> Result<Option<u64>> {
+        let writer = self.with("estimate delta of", move |pool| pool.delta_writer(&request)).await?;
+        estimate::by_walk(writer).await
     }
 
     async fn read_delta(&self, request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {

@@ -117,7 +117,7 @@ impl Pool {
         let tree = Root::open(stage.path().join(TREE))?;
         let written_by = tree.try_clone()?;
         let on_checkpoint = progress.recorder(&request, stage.path(), "directory.receive.checkpoint");
-        let applier = Applier::new(tree, base, sharing, request.resume.clone(), on_checkpoint)?
+        let applier = Applier::new(tree, base, sharing, request.resume.clone(), Some(on_checkpoint))?
             .noting(Arrivals::begin(stage.path(), sight)?);
         fault::point("directory.receive.opened");
         Ok(DirectoryReceiving {
@@ -240,6 +240,7 @@ impl Receiving for DirectoryReceiving {
         let Some(work) = self.work.take() else { return Ok(None) };
         run(OPERATION, move || {
             let Work { applier, stage, progress, .. } = work;
+            // What was begun may still be kept.
             drop(applier);
             match progress.kept() {
                 Some(point) if is_suspended(stage.path()) => {

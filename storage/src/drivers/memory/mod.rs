@@ -448,6 +448,11 @@ impl Driver for MemoryDriver {
         self.step(|disk, _| disk.stored("verify snapshot", snapshot).map(|_| Vec::new())).await
     }
 
+    async fn estimate_delta(&self, request: DeltaRequest) -> Result<Option<u64>> {
+        let chunks = self.step(|disk, _| read_delta(disk, &self.capabilities, &request)).await?;
+        Ok(Some(chunks.iter().map(|chunk| chunk.len() as u64).sum()))
+    }
+
     async fn read_delta(&self, request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {
         let chunks = self.step(|disk, _| read_delta(disk, &self.capabilities, &request)).await?;
         Ok(Box::new(Reader { chunks: chunks.into_iter(), session: self.session.clone() }))

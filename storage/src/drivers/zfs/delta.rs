@@ -77,6 +77,11 @@ pub(super) fn parse_preamble(bytes: &[u8]) -> Option<Announced> {
     Some(Announced { totals, unchanged: number(16)? == 1 })
 }
 
+/// Reads what `zfs send -nP` prints: lines of fields, the last of them `size` and a number (zfs-send(8)).
+fn estimated(said: &str) -> Option<u64> {
+    said.lines().rev().find_map(|line| line.strip_prefix("size")?.trim().parse().ok())
+}
+
 /// Keeps snapshots from being destroyed by somebody else while they are read.
 struct Held {
     pool: Arc<Pool>,
@@ -156,8 +161,21 @@ impl Pool {
         Ok(Source { from, _views: views, _held: held })
     }
 
-    fn start_sending(&self, request: &DeltaRequest, volume: &Volume, target: &StoredSnapshot) -> Result<Sending> {
-        let failed = |kind: ErrorKind| Error::new(OPERATION, target.snapshot.id, kind);
+    /// Asks `zfs send` how long the stream will be. The portable format it knows nothing of.
+    pub(super) fn estimate(&self, request: &DeltaRequest) -> Result<Option<u64>> {
+        if features(&request.format).is_none() {
+            return Ok(None);
+        }
+        let volume = self.volume(OPERATION, request.target.volume)?;
+        let mut words = self.words(request, &volume)?;
+        words.splice(1..1, ["-n", "-P"].map(str::to_owned));
+        // A zfs that cannot tell is no reason for anything.
+        Ok(self.programs.zfs(&words).ok().and_then(|said| estimated(&String::from_utf8_lossy(&said))))
+    }
+
+    /// Returns the words that start `zfs send`.
+    fn words(&self, request: &DeltaRequest, volume: &Volume) -> Result<Vec<String>> {
+        let failed = |kind: ErrorKind| Error::new(OPERATION, request.target.snapshot, kind);
         let mut words = vec!["send".to_owned()];
         if let Some(point) = &request.resume {
             let token = resume::token(point).map_err(|why| failed(ErrorKind::ResumeStale(why)))?;
@@ -180,6 +198,12 @@ impl Pool {
             }
             words.push(self.snapshot_name(request.target));
         }
+        Ok(words)
+    }
+
+    fn start_sending(&self, request: &DeltaRequest, volume: &Volume, target: &StoredSnapshot) -> Result<Sending> {
+        let failed = |kind: ErrorKind| Error::new(OPERATION, target.snapshot.id, kind);
+        let words = self.words(request, volume)?;
         let running = self.programs.start_zfs(&words, Input::Nothing).map_err(|it| failed(it.into_kind()))?;
         let Some(stdout) = running.take_stdout() else {
             return Err(failed(ErrorKind::Io(io::Error::other("zfs send has no output"))));
@@ -292,6 +316,13 @@ impl DeltaReader for ZfsDeltaReader {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn the_size_is_read_from_the_dry_run_of_a_send() {
+        let said = "incremental\ta\tp/v@b\t1048576\nsize\t1048624\n";
+        assert_eq!(estimated(said), Some(1_048_624));
+        assert_eq!(estimated("full\tp/v@b\t12\n"), None);
+    }
 
     #[test]
     fn the_bytes_of_a_preamble_stay_as_they_are() {

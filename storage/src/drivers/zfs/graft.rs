@@ -84,7 +84,7 @@ impl Graft {
         }
         let root = base.as_ref().map(|view| Root::open(view.path())).transpose()?;
         let destination = Root::open(&stage.path)?;
-        let applier = Applier::new(destination, root, Sharing::Exclusive, None, Box::new(|_| Ok(())))?;
+        let applier = Applier::new(destination, root, Sharing::Exclusive, None, None)?;
         Ok(Self { applier: Some(applier), base, stage })
     }
 
@@ -148,7 +148,7 @@ fn put_back(pool: &Pool, stage: &Stage, top: &View, base: &View) -> Result<()> {
     let compare = if pool.abilities.modern { Compare::Metadata } else { Compare::Contents };
     let mut writer = DeltaWriter::new(Some(side(top)?), side(base)?, compare, None)?;
     let (destination, root) = (Root::open(&stage.path)?, Root::open(top.path())?);
-    let mut applier = Applier::new(destination, Some(root), Sharing::Exclusive, None, Box::new(|_| Ok(())))?;
+    let mut applier = Applier::new(destination, Some(root), Sharing::Exclusive, None, None)?;
     while let Some(chunk) = writer.next_chunk()? {
         applier.feed(&chunk)?;
     }

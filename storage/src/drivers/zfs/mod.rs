@@ -201,6 +201,10 @@ impl Driver for ZfsDriver {
         self.with("verify snapshot", move |pool| pool.verify(snapshot, compare)).await
     }
 
+    async fn estimate_delta(&self, request: DeltaRequest) -> Result<Option<u64>> {
+        self.with("estimate delta of", move |pool| pool.estimate(&request)).await
+    }
+
     async fn read_delta(&self, request: DeltaRequest) -> Result<Box<dyn DeltaReader>> {
         let source = self.with("read delta of", move |pool| pool.delta_source(&request)).await?;
         Ok(Box::new(delta::ZfsDeltaReader::start(source)))
