@@ -10,10 +10,11 @@ use flocker_replication::{
     outline::{self, Block, Puzzle},
 };
 use flocker_storage::{
+    delta::DeltaFormat,
     driver::Finding,
     model::{Lineage, NodeName},
 };
-use flocker_transport::{CloseCode, Connection, ErrorKind, Exchange, NO_PROGRESS};
+use flocker_transport::{CloseCode, Connection, ErrorKind, Exchange, Integrity, NO_PROGRESS};
 use tokio::time::Instant;
 
 use crate::{
@@ -192,6 +193,12 @@ impl<'a> Line<'a> {
         self.exchange.finish();
         let _ = tokio::time::timeout(Duration::from_secs(5), self.connection.closed()).await;
     }
+}
+
+/// Tells who checks the bytes of a delta: the portable format has digests of its own, which the receiver verifies before it keeps
+/// anything; of the streams of file systems nobody here knows what they check.
+pub(crate) fn integrity(format: &DeltaFormat) -> Integrity {
+    if *format == DeltaFormat::tree() { Integrity::Content } else { Integrity::Pipeline }
 }
 
 /// Lets a simulation count what a node says to a peer.

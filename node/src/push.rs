@@ -38,7 +38,7 @@ use uuid::Uuid;
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
-    line::{Line, noted},
+    line::{Line, integrity, noted},
     metrics,
     problem::{self, problem},
     pull,
@@ -493,7 +493,7 @@ impl Stream {
             target: step.snapshot.key(),
             base: step.base.map(|base| base.on_sender),
             format: step.format.clone(),
-            outgoing: outgoing(&gates),
+            outgoing: outgoing(&gates, &step.format),
             gates,
             source: None,
             parked: Instant::now(),
@@ -516,14 +516,15 @@ impl Stream {
         let request =
             DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
         let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
-        self.outgoing = outgoing(&self.gates);
+        self.outgoing = outgoing(&self.gates, &self.format);
         self.source = Some(DeltaSource(reader));
         Ok(0)
     }
 }
 
-fn outgoing(gates: &[Arc<Gate>]) -> Outgoing {
-    Outgoing::new(OutgoingLimits { gates: gates.to_vec(), ..OutgoingLimits::default() })
+fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat) -> Outgoing {
+    let (gates, integrity) = (gates.to_vec(), integrity(format));
+    Outgoing::new(OutgoingLimits { gates, integrity, ..OutgoingLimits::default() })
 }
 
 struct DeltaSource(Box<dyn DeltaReader>);

@@ -25,14 +25,14 @@ use flocker_storage::{
     fault,
     model::{HeadState, HeldSnapshot, Lineage, Role, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSink, CloseCode, ErrorKind as LinkErrorKind, Incoming, NO_PROGRESS};
+use flocker_transport::{BoxError, BulkError, ChunkSink, CloseCode, ErrorKind as LinkErrorKind, Incoming, IncomingLimits, NO_PROGRESS};
 
 use crate::{
     api::types::ApiProblem,
     catalog::Volume,
     daemon::Node,
     inbox::{Claim, Open, Parked},
-    line::Line,
+    line::{Line, integrity},
     metrics,
     ownership::Follows,
     problem::{self, problem},
@@ -399,7 +399,8 @@ async fn open_receive(node: &Node, receipt: &Receipt, volume: VolumeId, begin: &
         format: begin.format.clone(),
         resume,
     };
-    let incoming = Incoming::new();
+    let limits = IncomingLimits { integrity: integrity(&begin.format), ..IncomingLimits::default() };
+    let incoming = Incoming::with_limits(limits);
     if let Some(point) = point {
         match node.driver.receive(request(Some(point.clone()))).await {
             Ok(receiving) => return Ok(Open { start: StepStart::Point(point), incoming, receiving }),

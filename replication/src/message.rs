@@ -44,8 +44,8 @@ use crate::{
 /// [`TakeOver`], [`AskClaims`]) and [`Problem`] keep their bytes through all revisions; what a revision adds comes behind them.
 ///
 /// 2: what is forgotten behind each offer, [`Answer::forgotten`], [`BeginStep::after`]. 3: [`Rest::older`], [`Message::Want`],
-/// [`Message::Snapshots`], [`Answer::pieces`].
-pub const PROTOCOL: u32 = 3;
+/// [`Message::Snapshots`], [`Answer::pieces`]. 4: the portable format is not hashed by the pipeline, too.
+pub const PROTOCOL: u32 = 4;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
 /// [`MESSAGE_LIMIT`].

@@ -14,7 +14,9 @@ use std::{net::Ipv4Addr, sync::Arc, time::Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use common::*;
-use flocker_transport::{BoxError, ChunkSink, ChunkSource, Incoming, Limits, Outgoing, OutgoingLimits, Socket};
+use flocker_transport::{
+    BoxError, ChunkSink, ChunkSource, Incoming, IncomingLimits, Integrity, Limits, Outgoing, OutgoingLimits, Socket,
+};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rand::{RngCore, SeedableRng, rngs::StdRng};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -92,52 +94,69 @@ impl Tls {
     }
 }
 
+/// Who carries the data, as the table calls them and as `FLOCKER_BENCH_CONTENDERS` does.
+const CONTENDERS: [(&str, &str); 4] = [
+    ("bulk", "bulk pipeline, hashed by it"),
+    ("content", "bulk pipeline, content with digests of its own"),
+    ("quic", "bare QUIC stream"),
+    ("tls", "TLS over TCP"),
+];
+/// The one that the others are compared with.
+const BARE: &str = "quic";
+
 #[tokio::main]
 async fn main() {
-    let number =
-        |name: &str, otherwise| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise);
+    let text = |name: &str| std::env::var(name).ok();
+    let number = |name: &str, otherwise| text(name).and_then(|text| text.parse().ok()).unwrap_or(otherwise);
     let (mebibytes, runs) = (number("FLOCKER_BENCH_MIB", 512), number("FLOCKER_BENCH_RUNS", 5));
+    let wanted = text("FLOCKER_BENCH_CONTENDERS");
+    let contenders: Vec<_> = CONTENDERS
+        .into_iter()
+        .filter(|(name, _)| wanted.as_ref().is_none_or(|wanted| wanted.split(',').any(|it| it == *name)))
+        .collect();
     rustls::crypto::aws_lc_rs::default_provider().install_default().unwrap();
     let data = Repeat::of(mebibytes);
-    let mut times = [Vec::new(), Vec::new(), Vec::new()];
+    let mut times = vec![Vec::new(); contenders.len()];
     for _ in 0..runs {
-        times[0].push(by_bulk(data.clone()).await);
-        times[1].push(by_quic(data.clone()).await);
-        times[2].push(by_tls(data.clone()).await);
+        for ((name, _), times) in contenders.iter().zip(&mut times) {
+            times.push(match *name {
+                "bulk" => by_bulk(data.clone(), Integrity::Pipeline).await,
+                "content" => by_bulk(data.clone(), Integrity::Content).await,
+                "quic" => by_quic(data.clone()).await,
+                _ => by_tls(data.clone()).await,
+            });
+        }
+    }
+    for times in &mut times {
+        times.sort_by(f64::total_cmp);
     }
     println!("{mebibytes} MiB that do not compress, {runs} runs in turn, over loopback.\n");
     println!("| contender | median MB/s | spread MB/s | of the bare stream's |");
     println!("|---|---:|---:|---:|");
+    let median = |times: &Vec<f64>| times[times.len() / 2];
+    let bare = contenders.iter().position(|(name, _)| *name == BARE).map(|at| median(&times[at]));
     let speed = |seconds: f64| (mebibytes << 20) as f64 / seconds / 1e6;
-    for times in &mut times {
-        times.sort_by(f64::total_cmp);
-    }
-    let medians = times.each_ref().map(|times| times[times.len() / 2]);
-    for ((title, times), median) in
-        ["bulk pipeline", "bare QUIC stream", "TLS over TCP"].iter().zip(&times).zip(medians)
-    {
-        println!(
-            "| {title} | {:.0} | {:.0}–{:.0} | {:.0} % |",
-            speed(median),
-            speed(*times.last().unwrap()),
-            speed(times[0]),
-            100.0 * medians[1] / median
-        );
+    for ((_, title), times) in contenders.iter().zip(&times) {
+        let part = bare.map_or("–".to_owned(), |bare| format!("{:.0} %", 100.0 * bare / median(times)));
+        let (slowest, fastest) = (speed(*times.last().unwrap()), speed(times[0]));
+        println!("| {title} | {:.0} | {slowest:.0}–{fastest:.0} | {part} |", speed(median(times)));
     }
 }
 
-async fn by_bulk(data: Repeat) -> f64 {
+async fn by_bulk(data: Repeat, integrity: Integrity) -> f64 {
     let pair = Pair::new();
     let (client, server) = pair.connect().await;
     let mut receiver = JoinSet::new();
     receiver.spawn(async move {
         let link = server.accept_bulk(1).await.unwrap();
-        Incoming::new().run(link, &mut Discard, &|_| ()).await.unwrap();
+        let limits = IncomingLimits { integrity, ..IncomingLimits::default() };
+        Incoming::with_limits(limits).run(link, &mut Discard, &|_| ()).await.unwrap();
         server
     });
     let begin = Instant::now();
     let link = client.open_bulk(1).await.unwrap();
-    Outgoing::new(OutgoingLimits::default()).run(link, 0, &mut Source(data), &|_| ()).await.unwrap();
+    let limits = OutgoingLimits { integrity, ..OutgoingLimits::default() };
+    Outgoing::new(limits).run(link, 0, &mut Source(data), &|_| ()).await.unwrap();
     begin.elapsed().as_secs_f64()
 }
 

@@ -201,7 +201,7 @@ async fn a_silent_peer_interrupts_both_roles() {
 
     let _held = client.open_bulk(2).await.unwrap();
     let link = server.accept_bulk(2).await.unwrap();
-    let mut incoming = Incoming::with_limits(IncomingLimits { no_progress });
+    let mut incoming = Incoming::with_limits(IncomingLimits { no_progress, ..IncomingLimits::default() });
     let error = incoming.run(link, &mut Collect::new(), &quiet).await.unwrap_err();
     assert!(
         matches!(&error, BulkError::Interrupted(error) if matches!(error.kind, ErrorKind::TimedOut(_))),
@@ -236,7 +236,7 @@ async fn a_slow_source_and_a_slow_sink_are_waited_for() {
     };
     let receive = async {
         let link = server.accept_bulk(1).await.unwrap();
-        Incoming::with_limits(IncomingLimits { no_progress }).run(link, &mut sink, &quiet).await.unwrap()
+        Incoming::with_limits(IncomingLimits { no_progress, ..IncomingLimits::default() }).run(link, &mut sink, &quiet).await.unwrap()
     };
     assert_eq!(tokio::join!(send, receive).1.raw_bytes, 7);
 }

@@ -206,17 +206,15 @@ impl Applier {
             return Err(self.corrupt("the stream has failed before"));
         }
         while !bytes.is_empty() {
-            if self.state == State::Ended {
-                return Err(self.corrupt("bytes follow the end of the stream"));
-            }
-            if self.buffer.is_empty()
-                && let Some(length) = self.frame_length(bytes)?
-                && bytes.len() >= length
-            {
-                let (frame, rest) = bytes.split_at(length);
-                self.frame(frame)?;
+            let whole = if self.buffer.is_empty() { self.whole_frames(bytes)? } else { 0 };
+            if whole > 0 {
+                let (frames, rest) = bytes.split_at(whole);
+                self.frames(frames)?;
                 bytes = rest;
                 continue;
+            }
+            if self.state == State::Ended {
+                return Err(self.corrupt("bytes follow the end of the stream"));
             }
             // A frame cut by the end of the piece: gather as much as it lacks.
             let wanted = self.frame_length(&self.buffer)?.unwrap_or(FRAME_HEAD);
@@ -225,11 +223,39 @@ impl Applier {
             bytes = &bytes[count..];
             if self.frame_length(&self.buffer)? == Some(self.buffer.len()) {
                 let frame = std::mem::take(&mut self.buffer);
-                self.frame(&frame)?;
+                self.frames(&frame)?;
                 self.buffer = frame;
                 self.buffer.clear();
             }
         }
+        Ok(())
+    }
+
+    /// Returns how many of the bytes are frames that are complete.
+    fn whole_frames(&self, bytes: &[u8]) -> Result<usize> {
+        let mut whole = 0;
+        while let Some(length) = self.frame_length(&bytes[whole..])?.filter(|length| bytes.len() - whole >= *length) {
+            whole += length;
+        }
+        Ok(whole)
+    }
+
+    /// Acts on frames. They are hashed in large pieces, up to each record that has their digest.
+    fn frames(&mut self, frames: &[u8]) -> Result<()> {
+        let (mut at, mut hashed) = (0, 0);
+        while let Some(length) = self.frame_length(&frames[at..])? {
+            if self.state == State::Ended {
+                return Err(self.corrupt("bytes follow the end of the stream"));
+            }
+            let record = Record::decode(&frames[at + FRAME_HEAD..at + length]).map_err(|rule| self.corrupt(rule))?;
+            if record.is_digest() {
+                self.hasher.update(&frames[hashed..at]);
+                hashed = at + length;
+            }
+            self.act(record)?;
+            at += length;
+        }
+        self.hasher.update(&frames[hashed..]);
         Ok(())
     }
 
@@ -243,8 +269,7 @@ impl Applier {
         }
     }
 
-    fn frame(&mut self, frame: &[u8]) -> Result<()> {
-        let record = Record::decode(&frame[FRAME_HEAD..]).map_err(|rule| self.corrupt(rule))?;
+    fn act(&mut self, record: Record<'_>) -> Result<()> {
         match (self.state, &record) {
             (State::Start, Record::Start { resume, .. }) => {
                 if *resume != self.resume {
@@ -255,9 +280,6 @@ impl Applier {
             (State::Start, _) => return Err(self.corrupt("the stream does not start as one")),
             (_, Record::Start { .. }) => return Err(self.corrupt("the stream starts twice")),
             _ => {}
-        }
-        if !matches!(record, Record::Checkpoint { .. } | Record::End { .. }) {
-            self.hasher.update(frame);
         }
         match record {
             Record::Start { .. } => Ok(()),

@@ -182,6 +182,11 @@ impl NodeKind {
 pub(super) type Rule = &'static str;
 
 impl<'a> Record<'a> {
+    /// Tells whether it has the digest of what stands before it, and so is not hashed itself.
+    pub(super) fn is_digest(&self) -> bool {
+        matches!(self, Self::Checkpoint { .. } | Self::End { .. })
+    }
+
     /// Reads a frame's body and checks all that can be checked without the tree.
     pub(super) fn decode(body: &'a [u8]) -> std::result::Result<Self, Rule> {
         let (record, rest) =

@@ -1,7 +1,7 @@
 //! Whether and how hard frames are compressed.
 //!
-//! [`Pacer`] decides, as a pure function of what was measured: where the network (or the receiver) is the bottleneck the
-//! level rises, where the processors are it falls, and data that does not shrink is stored, with a probe now and then.
+//! [`Pacer`] decides, as a pure function of what was measured: where the line is the bottleneck the level rises, where the
+//! processors or the receiver are it falls, and data that does not shrink is stored, with a probe now and then.
 //! [`Compressors`] and [`decompress`] do the work, on threads of their callers.
 
 use std::{
@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use zstd::bulk::{Compressor, Decompressor};
 
-use super::BoxError;
+use super::{BoxError, stage::Stage};
 
 /// Below zstd's levels that need more than a few MiB a context; above it little is gained on 256 KiB frames.
 const MAX_LEVEL: i32 = 6;
@@ -40,7 +40,8 @@ pub(super) struct Pacer {
     store_left: u32,
     pause: u32,
     epoch_frames: u32,
-    window_wait: Duration,
+    line_wait: Duration,
+    receiver_wait: Duration,
     encode_wait: Duration,
 }
 
@@ -52,7 +53,8 @@ impl Pacer {
             store_left: 0,
             pause: PAUSE_FRAMES.0,
             epoch_frames: 0,
-            window_wait: Duration::ZERO,
+            line_wait: Duration::ZERO,
+            receiver_wait: Duration::ZERO,
             encode_wait: Duration::ZERO,
         }
     }
@@ -81,9 +83,12 @@ impl Pacer {
         }
     }
 
-    /// The source had to wait for room in the window: the network or the receiver is slow.
-    pub(super) fn waited_for_window(&mut self, wait: Duration) {
-        self.window_wait += wait;
+    /// The source had to wait for room in the window, for one of both stages.
+    pub(super) fn waited_for(&mut self, stage: Stage, wait: Duration) {
+        match stage {
+            Stage::Receiver => self.receiver_wait += wait,
+            _ => self.line_wait += wait,
+        }
     }
 
     /// The source had to wait until earlier frames were compressed: the processors are slow.
@@ -97,12 +102,15 @@ impl Pacer {
         if self.epoch_frames < EPOCH_FRAMES {
             return;
         }
-        if self.encode_wait > self.window_wait {
+        // A receiver that is waited for gets nothing from better compression, and may be slow because this side has its processors.
+        let other_wait = self.encode_wait + self.receiver_wait;
+        if other_wait > self.line_wait {
             self.level = (self.level - 1).max(MIN_LEVEL);
-        } else if self.window_wait > 4 * self.encode_wait {
+        } else if self.line_wait > 4 * other_wait {
             self.level = (self.level + 1).min(MAX_LEVEL);
         }
-        (self.epoch_frames, self.window_wait, self.encode_wait) = (0, Duration::ZERO, Duration::ZERO);
+        self.epoch_frames = 0;
+        (self.line_wait, self.receiver_wait, self.encode_wait) = Default::default();
     }
 }
 
@@ -149,18 +157,22 @@ mod tests {
     const TICK: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_slow_network_raises_the_level_and_slow_processors_lower_it() {
-        let mut pacer = Pacer::new();
-        for _ in 0..20 * EPOCH_FRAMES {
-            pacer.waited_for_window(TICK);
-            pacer.frame_written();
+    fn a_slow_line_raises_the_level_and_slow_processors_or_a_slow_receiver_lower_it() {
+        let lowers: [fn(&mut Pacer); 2] =
+            [|pacer| pacer.waited_for_encoder(TICK), |pacer| pacer.waited_for(Stage::Receiver, TICK)];
+        for lower in lowers {
+            let mut pacer = Pacer::new();
+            for _ in 0..20 * EPOCH_FRAMES {
+                pacer.waited_for(Stage::Line, TICK);
+                pacer.frame_written();
+            }
+            assert_eq!(pacer.choose(), Choice::Compress { level: MAX_LEVEL });
+            for _ in 0..20 * EPOCH_FRAMES {
+                lower(&mut pacer);
+                pacer.frame_written();
+            }
+            assert_eq!(pacer.choose(), Choice::Compress { level: MIN_LEVEL });
         }
-        assert_eq!(pacer.choose(), Choice::Compress { level: MAX_LEVEL });
-        for _ in 0..20 * EPOCH_FRAMES {
-            pacer.waited_for_encoder(TICK);
-            pacer.frame_written();
-        }
-        assert_eq!(pacer.choose(), Choice::Compress { level: MIN_LEVEL });
     }
 
     #[test]

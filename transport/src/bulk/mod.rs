@@ -59,6 +59,16 @@ pub trait ChunkSink: Send {
     async fn write(&mut self, bytes: Bytes) -> Result<(), BoxError>;
 }
 
+/// Who finds out when bytes arrive that are not those that were sent. Both sides choose the same, by what the bytes are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Integrity {
+    /// The pipeline: it hashes all of them on both sides.
+    #[default]
+    Pipeline,
+    /// Whoever consumes them: they carry digests that cover all of them. Only their number is compared here.
+    Content,
+}
+
 /// How far a transfer is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -77,7 +87,7 @@ pub struct Sent {
     pub raw_bytes: u64,
     /// What it took on the wire, resent frames included.
     pub wire_bytes: u64,
-    /// BLAKE3 of all of it.
+    /// BLAKE3 of all of it; zeros where the content is left to its consumer ([`Integrity::Content`]).
     pub digest: [u8; 32],
 }
 
@@ -88,7 +98,7 @@ pub struct Received {
     pub raw_bytes: u64,
     /// What it took on the wire.
     pub wire_bytes: u64,
-    /// BLAKE3 of all of it.
+    /// BLAKE3 of all of it; zeros where the content is left to its consumer ([`Integrity::Content`]).
     pub digest: [u8; 32],
 }
 
@@ -174,8 +184,9 @@ impl Reader {
         Self { recv, arrived: BytesMut::new() }
     }
 
-    /// The next `length` bytes; allocates as they arrive, and waits at most `no_progress` for each piece.
+    /// The next `length` bytes, at most those of a frame; waits at most `no_progress` for each piece.
     async fn take(&mut self, length: usize, no_progress: Duration) -> Result<Bytes, ErrorKind> {
+        self.arrived.reserve(length.saturating_sub(self.arrived.len()));
         while self.arrived.len() < length {
             match tokio::time::timeout(no_progress, self.recv.read_chunk(READ_CHUNK, true)).await {
                 Ok(Ok(Some(chunk))) => self.arrived.extend_from_slice(&chunk.bytes),

@@ -15,7 +15,7 @@ use tokio::{sync::Notify, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BoxError, BulkError, BulkStream, ChunkSource, Progress, Reader, Sent,
+    BoxError, BulkError, BulkStream, ChunkSource, Integrity, Progress, Reader, Sent,
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
     rate::{self, Gate},
@@ -47,11 +47,14 @@ pub struct OutgoingLimits {
     pub no_progress: Duration,
     /// What holds frames back on their way to the wire; as fast as it goes where there is none.
     pub gates: Vec<Arc<Gate>>,
+    /// Who checks the bytes.
+    pub integrity: Integrity,
 }
 
 impl Default for OutgoingLimits {
     fn default() -> Self {
-        Self { window: 8 * 1024 * 1024, no_progress: NO_PROGRESS, gates: Vec::new() }
+        let (no_progress, integrity) = (NO_PROGRESS, Integrity::default());
+        Self { window: 8 * 1024 * 1024, no_progress, gates: Vec::new(), integrity }
     }
 }
 
@@ -363,11 +366,16 @@ impl Run<'_> {
             self.wait_for_encoder(feeder).await?;
             match feeder.next(source).await? {
                 Some(raw) => {
-                    feeder.hash(raw.clone()).await?;
+                    if self.limits.integrity == Integrity::Pipeline {
+                        feeder.hash(raw.clone()).await?;
+                    }
                     self.submit(feeder, raw);
                 }
                 None => {
-                    let digest = *feeder.hashed().await?.finalize().as_bytes();
+                    let digest = match self.limits.integrity {
+                        Integrity::Pipeline => *feeder.hashed().await?.finalize().as_bytes(),
+                        Integrity::Content => [0; 32],
+                    };
                     while let Some(encoded) = feeder.encoding.join_next().await {
                         encoded?;
                     }
@@ -385,14 +393,20 @@ impl Run<'_> {
     /// Waits until a frame fits into the window; false when the link is lost meanwhile.
     async fn wait_for_room(&self) -> bool {
         let since = Instant::now();
+        let mut has_waited = false;
         loop {
             if self.link_lost.is_cancelled() {
                 return false;
             }
             if self.shared.queue().has_room(self.limits.window) {
-                self.shared.queue().pacer.waited_for_window(since.elapsed());
+                if has_waited {
+                    // A limit makes bytes on the line dear.
+                    let stage = if self.limits.gates.is_empty() { self.beyond() } else { Stage::Limit };
+                    self.shared.queue().pacer.waited_for(stage, since.elapsed());
+                }
                 return true;
             }
+            has_waited = true;
             tokio::select! {
                 biased;
                 () = self.link_lost.cancelled() => return false,
