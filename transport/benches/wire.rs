@@ -95,10 +95,11 @@ impl Tls {
 }
 
 /// Who carries the data, as the table calls them and as `FLOCKER_BENCH_CONTENDERS` does.
-const CONTENDERS: [(&str, &str); 4] = [
+const CONTENDERS: [(&str, &str); 5] = [
     ("bulk", "bulk pipeline, hashed by it"),
     ("content", "bulk pipeline, content with digests of its own"),
     ("quic", "bare QUIC stream"),
+    ("lanes", "two bare QUIC connections at once, half of the data on each"),
     ("tls", "TLS over TCP"),
 ];
 /// The one that the others are compared with.
@@ -123,6 +124,13 @@ async fn main() {
                 "bulk" => by_bulk(data.clone(), Integrity::Pipeline).await,
                 "content" => by_bulk(data.clone(), Integrity::Content).await,
                 "quic" => by_quic(data.clone()).await,
+                "lanes" => {
+                    let half = Repeat { left: data.left / 2, ..data.clone() };
+                    let (mut lanes, begin) = (JoinSet::new(), Instant::now());
+                    (0..2).for_each(|_| drop(lanes.spawn(by_quic(half.clone()))));
+                    lanes.join_all().await;
+                    begin.elapsed().as_secs_f64()
+                }
                 _ => by_tls(data.clone()).await,
             });
         }

@@ -17,16 +17,19 @@ use crate::{
     account::{Counted, Memory, Spent, wait_idle},
     ssh::Ssh,
     table::Run,
+    tls::Tls,
 };
 
 /// The cases there are, in the order of the table.
 pub(crate) const CASES: &str = "big,half,small,delta,noop,tiny,real";
 
-/// The contenders, in the order in which they take turns.
-pub(crate) const CONTENDERS: [&str; 3] = ["flocker", "tar \\| zstd -1 \\| ssh", "rsync -a over ssh"];
+/// The contenders, in the order in which they take turns; the last one sends everything always, and does not compete where that
+/// makes no sense.
+const CONTENDERS: [&str; 4] = ["flocker", "tar \\| zstd -1 \\| ssh", "rsync -a over ssh", "tar \\| TLS over TCP (socat)"];
 
 const FLOCKER: usize = 0;
 const TAR: usize = 1;
+const RSYNC: usize = 2;
 
 const GIBIBYTE: f64 = 1_073_741_824.0;
 
@@ -48,8 +51,8 @@ pub(crate) struct Case {
     source: PathBuf,
     base_source: PathBuf,
     place: PathBuf,
-    /// What the pipe of tar carries; its own programs do not say.
-    tar_bytes: Option<u64>,
+    /// What the pipe of tar carries, with and without zstd; its own programs do not say.
+    tar_bytes: Option<(u64, u64)>,
 }
 
 impl Case {
@@ -118,13 +121,20 @@ impl Case {
         }
     }
 
+    /// Returns who competes.
+    pub(crate) fn contenders(&self) -> &'static [&'static str] {
+        if self.base.is_some() { &CONTENDERS[..=RSYNC] } else { &CONTENDERS }
+    }
+
     /// Lets each contender move the data once, and returns what it took.
-    pub(crate) fn run(&mut self, a: &Node, b: &Node, ssh: &Ssh, number: usize) -> [Run; 3] {
+    pub(crate) fn run(&mut self, a: &Node, b: &Node, servers: &(Ssh, Tls), number: usize) -> Vec<Run> {
+        let (ssh, tls) = servers;
         let at_receiver = format!("data-{number}");
         if let Some(base) = &self.base {
             a.cli(&["push", &format!("data@{base}"), "host-b", "--as", &at_receiver]).ok();
         }
-        let mut sums = [Run { seconds: 0.0, cpu_seconds: 0.0, peak_bytes: [0; 2], wire_bytes: None }; 3];
+        let nothing = Run { seconds: 0.0, cpu_seconds: 0.0, peak_bytes: [0; 2], wire_bytes: None };
+        let mut sums = vec![nothing; self.contenders().len()];
         for round in 0..self.rounds {
             let snapshot = self.next_snapshot(a, number, round);
             for (contender, sum) in sums.iter_mut().enumerate() {
@@ -142,7 +152,8 @@ impl Case {
                 let wire_bytes = match contender {
                     FLOCKER => Some(by_flocker(a, &snapshot, &at_receiver)),
                     TAR => self.by_tar(ssh),
-                    _ => Some(self.by_rsync(ssh)),
+                    RSYNC => Some(self.by_rsync(ssh)),
+                    _ => self.by_tls(tls),
                 };
                 sum.seconds += started.elapsed().as_secs_f64();
                 if contender != FLOCKER {
@@ -154,10 +165,15 @@ impl Case {
                 sum.wire_bytes = wire_bytes.map(|bytes| bytes + sum.wire_bytes.unwrap_or(0));
             }
         }
-        let tar_bytes = self.tar_bytes.get_or_insert_with(|| tar_bytes(&self.source));
-        sums[TAR].wire_bytes = Some(*tar_bytes * u64::from(self.rounds));
+        let source = &self.source;
+        let of_tar =
+            self.tar_bytes.get_or_insert_with(|| (bytes_of(&packing(source, COMPRESSED)), bytes_of(&packing(source, ""))));
+        sums[TAR].wire_bytes = Some(of_tar.0 * u64::from(self.rounds));
+        if let Some(tls) = sums.get_mut(RSYNC + 1) {
+            tls.wire_bytes = Some(of_tar.1);
+        }
         b.cli(&["destroy", &at_receiver]).ok();
-        for contender in 1..CONTENDERS.len() {
+        for contender in 1..self.contenders().len() {
             fs::remove_dir_all(self.destination(contender)).unwrap();
         }
         sums
@@ -183,16 +199,25 @@ impl Case {
         let destination = destination.display();
         let script = format!(
             "{} | {} \"zstd -q -d | tar -C '{destination}' --numeric-owner --xattrs --acls -xf - && sync -f '{destination}'\"",
-            packing(&self.source),
+            packing(&self.source, COMPRESSED),
             ssh.command_line("localhost")
         );
         run(Command::new("bash").args(["-o", "pipefail", "-c", &script]));
         None
     }
 
+    /// Sends everything by tar as it is, over TLS.
+    fn by_tls(&self, tls: &Tls) -> Option<u64> {
+        let destination = self.destination(RSYNC + 1);
+        let destination = destination.display();
+        let unpack = format!("tar -C '{destination}' --numeric-owner --xattrs --acls -xf - && sync -f '{destination}'");
+        tls.carry(&packing(&self.source, ""), &unpack);
+        None
+    }
+
     /// Sends by rsync, onto what is there already. Returns what it says it has sent and received.
     fn by_rsync(&self, ssh: &Ssh) -> u64 {
-        let destination = self.destination(CONTENDERS.len() - 1);
+        let destination = self.destination(RSYNC);
         let to = format!("localhost:{}/", destination.display());
         let said = run(Command::new("rsync")
             .env("LC_ALL", "C")
@@ -211,7 +236,7 @@ impl Case {
     /// Gives a contender what it starts from: rsync the base, tar nothing.
     fn prepare_destination(&self, contender: usize) {
         let destination = self.destination(contender);
-        if contender != TAR && self.base.is_some() {
+        if contender == RSYNC && self.base.is_some() {
             run(Command::new("cp").arg("-a").arg(&self.base_source).arg(&destination));
         } else {
             fs::create_dir(&destination).unwrap();
@@ -225,12 +250,15 @@ fn by_flocker(a: &Node, snapshot: &str, at_receiver: &str) -> u64 {
     done.json()["progress"]["wire_bytes"].as_u64().unwrap()
 }
 
-fn packing(source: &Path) -> String {
-    format!("tar -C '{}' --numeric-owner --xattrs --acls -cf - . | zstd -q -1", source.display())
+/// What makes the pipe of tar shorter.
+const COMPRESSED: &str = " | zstd -q -1";
+
+fn packing(source: &Path, behind: &str) -> String {
+    format!("tar -C '{}' --numeric-owner --xattrs --acls -cf - .{behind}", source.display())
 }
 
-fn tar_bytes(source: &Path) -> u64 {
-    let script = format!("{} | wc -c", packing(source));
+fn bytes_of(pipe: &str) -> u64 {
+    let script = format!("{pipe} | wc -c");
     run(Command::new("bash").args(["-o", "pipefail", "-c", &script])).trim().parse().unwrap()
 }
 

@@ -1,4 +1,4 @@
-//! Pushes the same data by flocker, by `tar | zstd -1 | ssh` and by `rsync -a` over ssh, on loopback in one run.
+//! Pushes the same data by flocker, by `tar | zstd -1 | ssh`, by `rsync -a` over ssh and by `tar` over TLS, on loopback in one run.
 //!
 //! `cargo bench -p flocker-tests --bench push`; the settings are in [`Settings`]. Each case runs all contenders in turn
 //! (A B C, A B C, …) and compares medians. All times include making the data durable at the receiver. The result is a
@@ -9,15 +9,17 @@ mod account;
 mod case;
 mod ssh;
 mod table;
+mod tls;
 
 use std::process::Command;
 
 use flocker_tests::{Cluster, Options, Scratch};
 
 use crate::{
-    case::{CASES, CONTENDERS, Case},
+    case::{CASES, Case},
     ssh::Ssh,
     table::Runs,
+    tls::Tls,
 };
 
 /// What the environment says.
@@ -47,7 +49,7 @@ impl Settings {
 fn main() {
     let settings = Settings::read();
     build_release_binary();
-    let missing: Vec<_> = ["tar", "zstd", "ssh", "sshd", "rsync"]
+    let missing: Vec<_> = ["tar", "zstd", "ssh", "sshd", "rsync", "socat", "openssl"]
         .into_iter()
         .filter(|name| flocker_tests::needs::program(name).is_none())
         .collect();
@@ -68,14 +70,14 @@ fn main() {
 
 /// Runs one case with new nodes.
 fn measure(name: &str, settings: &Settings, scratch: Scratch) {
-    let ssh = Ssh::start(&scratch);
+    let servers = (Ssh::start(&scratch), Tls::new(&scratch));
     let mut cluster = Cluster::with(scratch, vec![Options::default(), Options::default()]);
     let place = cluster.scratch.path().to_owned();
     let (a, b) = cluster.pair();
     let mut case = Case::prepare(name, settings.scale, a, &place);
-    let mut contenders = CONTENDERS.map(Runs::of);
+    let mut contenders: Vec<_> = case.contenders().iter().map(|contender| Runs::of(contender)).collect();
     for number in 0..settings.runs {
-        for (runs, taken) in contenders.iter_mut().zip(case.run(a, b, &ssh, number)) {
+        for (runs, taken) in contenders.iter_mut().zip(case.run(a, b, &servers, number)) {
             runs.runs.push(taken);
         }
     }
