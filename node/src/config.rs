@@ -10,6 +10,7 @@ use std::{
 };
 
 use flocker_storage::model::NodeName;
+use flocker_transport::LANES_LIMIT;
 use serde::{Deserialize, Serialize};
 
 pub use crate::limits::Limit;
@@ -194,6 +195,30 @@ pub struct Config {
     /// How fast is sent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub limits: Vec<Limit>,
+    /// How many connections carry one push, 1 to 8; one for each four processors and four at most where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<Lanes>,
+}
+
+/// A number of connections, 1 to 8.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "usize", into = "usize")]
+pub struct Lanes(usize);
+
+impl TryFrom<usize> for Lanes {
+    type Error = String;
+    fn try_from(count: usize) -> Result<Self, String> {
+        match count {
+            1..=LANES_LIMIT => Ok(Self(count)),
+            _ => Err(format!("lanes = {count}: a push is carried by 1 to {LANES_LIMIT} connections")),
+        }
+    }
+}
+
+impl From<Lanes> for usize {
+    fn from(Lanes(count): Lanes) -> Self {
+        count
+    }
 }
 
 impl Config {

@@ -35,6 +35,7 @@ use crate::{
     handoff::HandOffs,
     inbox::Inbox,
     kept::Kept,
+    lanes::Lanes,
     limits::SendLimits,
     metrics::Metrics,
     mounts::{Mounts, symlink_note},
@@ -132,6 +133,7 @@ pub(crate) struct Node {
     pub(crate) handoffs: HandOffs,
     pub(crate) superseded: Superseded,
     pub(crate) kept: Kept,
+    pub(crate) lanes: Lanes,
     pub(crate) limits: SendLimits,
     pub(crate) metrics: Metrics,
     /// Places for exports and imports.
@@ -288,6 +290,8 @@ impl Node {
         };
         let endpoint = endpoint.map_err(DaemonError::Listen)?;
         let listen = endpoint.local_addr().map_err(DaemonError::Listen)?;
+        // How many processors there are is nothing that a simulation should depend on.
+        let lanes = Lanes::new(if alone { config.lanes.map(usize::from) } else { Some(1) });
         let limits = SendLimits::new(&config.limits, &TimeZone::system());
         let node = Arc::new(Self {
             name: config.name.clone(),
@@ -309,6 +313,7 @@ impl Node {
             handoffs: HandOffs::default(),
             superseded: Superseded::default(),
             kept: Kept::default(),
+            lanes,
             limits,
             metrics: Metrics::default(),
             tarballs: Arc::new(Semaphore::new(TARBALLS_LIMIT)),

@@ -16,6 +16,7 @@ mod history;
 mod import;
 mod inbox;
 mod kept;
+mod lanes;
 mod limits;
 mod line;
 mod merge;

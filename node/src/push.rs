@@ -38,6 +38,7 @@ use uuid::Uuid;
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
+    lanes,
     line::{Line, integrity, noted},
     metrics,
     problem::{self, problem},
@@ -393,7 +394,9 @@ async fn send_step(
     let Some(source) = &mut stream.source else {
         return Err(line.broke("it goes on with a stream that this node has not opened").into());
     };
-    let sent = stream.outgoing.run(link, first_frame, source, &report).await;
+    let (mut joining, lanes) = lanes::open(node, &line.peer, job, stream.id, step);
+    let sent = stream.outgoing.run_in_lanes(link, &mut joining, first_frame, source, &report).await;
+    drop(lanes);
     if let Err(error) = sent {
         return Err(step_failed(node, line, sending, job, stream, error).await);
     }

@@ -25,7 +25,9 @@ use flocker_storage::{
     fault,
     model::{HeadState, HeldSnapshot, Lineage, Role, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSink, CloseCode, ErrorKind as LinkErrorKind, Incoming, IncomingLimits, NO_PROGRESS};
+use flocker_transport::{
+    BoxError, BulkError, ChunkSink, CloseCode, ErrorKind as LinkErrorKind, Incoming, IncomingLimits, NO_PROGRESS,
+};
 
 use crate::{
     api::types::ApiProblem,
@@ -268,6 +270,7 @@ async fn receive_step(
         Some(open) => open,
         None => open_receive(node, receipt, volume, begin).await?,
     };
+    let mut lanes = node.lanes.expect(begin.stream.id, line.peer.clone());
     line.send(&Message::StepReady(StepReady { step: begin.step, start: open.start.clone() })).await?;
     let link = tokio::select! {
         biased;
@@ -303,7 +306,8 @@ async fn receive_step(
         }
     };
     let mut sink = Sink(open.receiving);
-    let received = open.incoming.run(link, &mut sink, &report).await;
+    let received = open.incoming.run_in_lanes(link, &mut lanes.joining, &mut sink, &report).await;
+    drop(lanes);
     open.receiving = sink.0;
     fault::point("node.receive.before-commit");
     if let Err(error) = received {

@@ -117,6 +117,10 @@ impl Replication {
                 check_protocol(request.protocol)?;
                 line.send(&Message::Claims(node.claims_of(&request.volumes, &peer))).await
             }
+            Message::Lane(lane) => {
+                check_protocol(lane.protocol)?;
+                node.lanes.serve(line, lane).await
+            }
             other => Err(line.broke(format!("it opened with {}", other.kind())).into()),
         }
     }

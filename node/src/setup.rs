@@ -172,6 +172,7 @@ fn prepare(paths: &Paths, request: &NodeRequest) -> Result<Prepared, SetupError>
         advertise: request.advertise.clone(),
         rights: Vec::new(),
         limits: Vec::new(),
+        lanes: None,
     };
     Ok(Prepared { name, pool, config })
 }

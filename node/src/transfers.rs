@@ -227,6 +227,13 @@ impl Job {
         self.status().resource.progress.expected_bytes.is_none()
     }
 
+    /// Notes how many connections carry it.
+    pub(crate) fn carried_by(&self, lanes: u32) {
+        let mut status = self.status();
+        let progress = &mut status.resource.progress;
+        progress.lanes = progress.lanes.max(lanes);
+    }
+
     /// Notes how many bytes all deltas together have.
     pub(crate) fn expects(&self, bytes: u64) {
         let mut status = self.status();

@@ -41,10 +41,11 @@ use crate::{
 
 /// The protocol's revision within ALPN `flocker/1`. A peer that speaks another one is refused with
 /// [`ProblemCode::VersionMismatch`]. So that it can be, messages that open an exchange ([`Offer`], [`PullRequest`], [`Describe`],
-/// [`TakeOver`], [`AskClaims`]) and [`Problem`] keep their bytes through all revisions; what a revision adds comes behind them.
+/// [`TakeOver`], [`AskClaims`], [`Lane`]) and [`Problem`] keep their bytes through all revisions; what a revision adds comes behind them.
 ///
 /// 2: what is forgotten behind each offer, [`Answer::forgotten`], [`BeginStep::after`]. 3: [`Rest::older`], [`Message::Want`],
-/// [`Message::Snapshots`], [`Answer::pieces`]. 4: the portable format is not hashed by the pipeline, too.
+/// [`Message::Snapshots`], [`Answer::pieces`]. 4: the portable format is not hashed by the pipeline, too;
+/// [`Message::Lane`].
 pub const PROTOCOL: u32 = 4;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
@@ -116,6 +117,19 @@ pub enum Message {
     Want(Vec<u32>),
     /// 21: answers [`Message::Want`]: the snapshots of all these blocks, in order, without metadata.
     Snapshots(Vec<HeldSnapshot>),
+    /// 22: opens a further connection for the bytes of a step. Over before, it is answered by [`Message::Finished`].
+    Lane(Lane),
+    /// 23: the receiver waits for the lane's stream of bytes; [`Message::Finished`] follows when the step is over.
+    LaneReady,
+}
+
+/// A further connection for the bytes of a step that is being sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lane {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// The step's [`StepStream::id`].
+    pub stream: Uuid,
 }
 
 /// What belongs to an offer and travels behind it, so that an offer keeps its bytes.
@@ -498,6 +512,8 @@ impl Message {
             Self::Rest(_) => "Rest",
             Self::Want(_) => "Want",
             Self::Snapshots(_) => "Snapshots",
+            Self::Lane(_) => "Lane",
+            Self::LaneReady => "LaneReady",
         }
     }
 
@@ -516,7 +532,7 @@ impl Message {
             Self::Problem(problem) => problem.check(),
             Self::PullRequest(_) | Self::Describe(_) | Self::StepReady(_) | Self::Finish | Self::Finished => Ok(()),
             Self::Remarks(remarks) => check_remarks(remarks),
-            Self::TakeOver(_) | Self::TakenOver(_) => Ok(()),
+            Self::TakeOver(_) | Self::TakenOver(_) | Self::Lane(_) | Self::LaneReady => Ok(()),
             Self::AskClaims(AskClaims { volumes, .. }) => check_claims(volumes.len()),
             Self::Claims(claims) => check_claims(claims.len()),
             Self::Rest(rest) => rest.forgotten.check().and_then(|()| outline::check(&rest.older)),

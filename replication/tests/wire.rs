@@ -152,6 +152,8 @@ fn messages() -> Vec<Message> {
         epoch: 2,
     })));
     all.push(Message::TakenOver(TakenOver { epoch: 2 }));
+    all.push(Message::Lane(Lane { protocol: PROTOCOL, stream: Uuid::from_u128(7) }));
+    all.push(Message::LaneReady);
     all.push(Message::AskClaims(AskClaims { protocol: PROTOCOL, volumes: vec![volume(DB)] }));
     all.push(Message::Claims(vec![VolumeClaim {
         volume: volume(DB),

@@ -462,7 +462,9 @@ async fn goes_on_from_its_last_checkpoint(point: &str, ground: Ground<'_>) {
         receiving.write(chunk).await.unwrap();
     }
     assert_eq!(receiving.commit().await.unwrap(), held);
-    assert!(bytes < 10_000_000, "{bytes} bytes of 72,000,000 came after the first checkpoint at 64 MiB");
+    // 72,000,000 bytes have a checkpoint at 32 and one at 64 MiB; the first of them is the fault point.
+    let most = if point.ends_with(".checkpoint") { 40_000_000 } else { 6_000_000 };
+    assert!(bytes < most, "{bytes} bytes came again");
     let target = Target::Snapshot(held.volume, held.snapshot.id);
     let here = read_tree(&pool.attach(target, Access::ReadOnly).await.unwrap());
     assert!(here == read_tree(&sender.attach(target, Access::ReadOnly).await.unwrap()), "the trees differ");

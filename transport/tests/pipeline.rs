@@ -236,7 +236,10 @@ async fn a_slow_source_and_a_slow_sink_are_waited_for() {
     };
     let receive = async {
         let link = server.accept_bulk(1).await.unwrap();
-        Incoming::with_limits(IncomingLimits { no_progress, ..IncomingLimits::default() }).run(link, &mut sink, &quiet).await.unwrap()
+        Incoming::with_limits(IncomingLimits { no_progress, ..IncomingLimits::default() })
+            .run(link, &mut sink, &quiet)
+            .await
+            .unwrap()
     };
     assert_eq!(tokio::join!(send, receive).1.raw_bytes, 7);
 }

@@ -455,10 +455,17 @@ pub struct TransferProgress {
     /// The stage that holds the others up, while it runs; none as long as nothing shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limited_by: Option<Stage>,
+    /// The most connections that carried it at once, where there were several.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lanes: u32,
     /// How often it went on after a lost line or a restart.
     pub resumed: u32,
     /// Milliseconds of work so far.
     pub elapsed_ms: u64,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A node of the cluster as this node knows it.

@@ -103,7 +103,8 @@ async fn estimates(bench: &Bench) {
         for request in [delta(Some(&one), &two, &format), delta(None, &two, &format)] {
             let Some(estimate) = driver.estimate_delta(request.clone()).await.expect("asked") else { continue };
             told += 1;
-            let length = read_all(&*driver, request).await.expect("a delta").iter().map(Bytes::len).sum::<usize>() as u64;
+            let length =
+                read_all(&*driver, request).await.expect("a delta").iter().map(Bytes::len).sum::<usize>() as u64;
             assert!(estimate + length / 16 >= length, "{format}: {estimate} of {length} bytes");
             assert!(estimate <= length + length / 4, "{format}: {estimate} of {length} bytes");
         }

@@ -38,9 +38,9 @@ use crate::{
 /// The longest chunk, in bytes.
 const CHUNK_LIMIT: usize = 256 * 1024;
 
-/// How much stream lies between two checkpoints: what a broken transfer sends again at most. Each costs the receiver
-/// one syncfs(2).
-pub const CHECKPOINT_INTERVAL: u64 = 64 * 1024 * 1024;
+/// How much stream lies between two checkpoints: a broken transfer sends again what came since the last but one, at most. Each costs
+/// the receiver one syncfs(2), beside its work.
+pub const CHECKPOINT_INTERVAL: u64 = 32 * 1024 * 1024;
 
 /// One of the two trees.
 #[derive(Debug)]

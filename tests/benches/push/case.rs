@@ -25,7 +25,8 @@ pub(crate) const CASES: &str = "big,half,small,delta,noop,tiny,real";
 
 /// The contenders, in the order in which they take turns; the last one sends everything always, and does not compete where that
 /// makes no sense.
-const CONTENDERS: [&str; 4] = ["flocker", "tar \\| zstd -1 \\| ssh", "rsync -a over ssh", "tar \\| TLS over TCP (socat)"];
+const CONTENDERS: [&str; 4] =
+    ["flocker", "tar \\| zstd -1 \\| ssh", "rsync -a over ssh", "tar \\| TLS over TCP (socat)"];
 
 const FLOCKER: usize = 0;
 const TAR: usize = 1;
@@ -166,8 +167,9 @@ impl Case {
             }
         }
         let source = &self.source;
-        let of_tar =
-            self.tar_bytes.get_or_insert_with(|| (bytes_of(&packing(source, COMPRESSED)), bytes_of(&packing(source, ""))));
+        let of_tar = self
+            .tar_bytes
+            .get_or_insert_with(|| (bytes_of(&packing(source, COMPRESSED)), bytes_of(&packing(source, ""))));
         sums[TAR].wire_bytes = Some(of_tar.0 * u64::from(self.rounds));
         if let Some(tls) = sums.get_mut(RSYNC + 1) {
             tls.wire_bytes = Some(of_tar.1);

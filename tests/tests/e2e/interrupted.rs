@@ -35,12 +35,12 @@ fn write_large(root: &Path) {
     write_random(&root.join("very-large"), 70, 120 * MEBIBYTE);
 }
 
-fn progress(transfer: &Value, field: &str) -> u64 {
+pub(crate) fn progress(transfer: &Value, field: &str) -> u64 {
     transfer["progress"][field].as_u64().unwrap_or_else(|| panic!("no {field} in {transfer}"))
 }
 
 /// Starts a push and waits until a part of it has been taken in by the receiver.
-fn push_half_way(a: &Node, snapshot: &str, until_bytes: u64) -> String {
+pub(crate) fn push_half_way(a: &Node, snapshot: &str, until_bytes: u64) -> String {
     let id = text(&a.cli(&["push", snapshot, "host-b", "--detach"]).ok().json()["id"]);
     wait_until("the push is half way", LONG, || {
         let transfer = a.transfer(&id);

@@ -15,6 +15,7 @@ mod events;
 mod everything;
 mod faults;
 mod interrupted;
+mod lanes;
 mod limits;
 mod lossy;
 mod matrix;

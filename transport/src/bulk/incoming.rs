@@ -1,6 +1,6 @@
 //! The receiving side of a delta.
 //!
-//! Three stages run at once: `read` takes frames off the link and has them unpacked on blocking threads; `consume` hashes
+//! Three stages run at once: `read` takes frames off the link, and off further lanes and has them unpacked on blocking threads; `consume` hashes
 //! them and gives them to the sink, in order; `acknowledge` tells the sender how far that is, and that this side lives.
 
 use std::{
@@ -9,6 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::JoinHandle,
@@ -20,6 +21,8 @@ use super::{
     BoxError, BulkError, BulkStream, ChunkSink, Integrity, Progress, Reader, Received, StopReason,
     compression::decompress,
     frame::{Ack, END_LEN, End, HEADER_LEN, Header, Kind},
+    lanes::{Lanes, Next, Numbered},
+    nobody,
     outgoing::SIGNS_OF_LIFE,
     stage::{Stage, Waits},
 };
@@ -31,6 +34,9 @@ use crate::{
 
 /// Frames that are read ahead of the sink: with the largest frames 4 MiB.
 const READ_AHEAD: usize = 4;
+
+/// The most connections that carry one delta at once.
+pub const LANES_LIMIT: usize = 8;
 
 /// What a receiver allows its peer.
 #[derive(Debug, Clone)]
@@ -96,10 +102,23 @@ impl Incoming {
         sink: &mut dyn ChunkSink,
         progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<Received, BulkError> {
+        self.run_in_lanes(link, &mut nobody(), sink, progress).await
+    }
+
+    /// The same, taking frames from further streams of the same sender, too, as they join: [`LANES_LIMIT`] in all. The loss of one of
+    /// them interrupts all.
+    pub async fn run_in_lanes(
+        &mut self,
+        link: BulkStream,
+        joining: &mut mpsc::Receiver<BulkStream>,
+        sink: &mut dyn ChunkSink,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<Received, BulkError> {
         let BulkStream { connection, mut send, recv } = link;
         let mut reader = Reader::new(recv);
         let no_progress = self.limits.no_progress;
-        let (pieces, mut arrived) = mpsc::channel(READ_AHEAD);
+        let (begin, beginning) = mpsc::channel(LANES_LIMIT);
+        let mut arrived = Lanes::new(beginning);
         let (outcome_said, outcome) = watch::channel(Outcome::Open);
         let (consumed, ack_failed) = (Notify::new(), CancellationToken::new());
         let first = self.next_sequence();
@@ -117,7 +136,7 @@ impl Incoming {
             tokio::select! {
                 biased;
                 () = ack_failed.cancelled() => {}
-                () = read(&mut reader, first, no_progress, pieces), if !is_over => {}
+                () = read_lanes(&mut reader, joining, first, no_progress, begin), if !is_over => {}
             }
         };
         let consume = async {
@@ -182,10 +201,19 @@ enum Ended {
 }
 
 enum Piece {
-    Data { wire: u64, raw: Unpacked },
-    End(End),
+    Data { seq: u64, wire: u64, raw: Unpacked },
+    End { seq: u64, end: End },
     Lost(ErrorKind),
     Corrupt(String),
+}
+
+impl Numbered for Piece {
+    fn sequence(&self) -> Option<u64> {
+        match self {
+            Self::Data { seq, .. } | Self::End { seq, .. } => Some(*seq),
+            Self::Lost(_) | Self::Corrupt(_) => None,
+        }
+    }
 }
 
 enum Unpacked {
@@ -194,23 +222,61 @@ enum Unpacked {
     Soon(JoinHandle<Result<Bytes, BoxError>>),
 }
 
-/// Reads frames until the end, an error, or nobody wants them.
-async fn read(reader: &mut Reader, mut expected: u64, no_progress: Duration, pieces: mpsc::Sender<Piece>) {
+/// Reads the link, and lanes as they join, until nobody wants what arrives.
+async fn read_lanes(
+    reader: &mut Reader,
+    joining: &mut mpsc::Receiver<BulkStream>,
+    first: u64,
+    no_progress: Duration,
+    begin: mpsc::Sender<mpsc::Receiver<Piece>>,
+) {
+    let mut link = std::pin::pin!(read(reader, first, no_progress, lane(&begin)));
+    let mut further = FuturesUnordered::new();
+    let mut link_ended = false;
+    // Gone when no further lane can begin: nobody waits for one then.
+    let mut begin = Some(begin);
+    let mut lanes = 1;
     loop {
-        let piece = match read_frame(reader, expected, no_progress).await {
+        tokio::select! {
+            () = &mut link, if !link_ended => link_ended = true,
+            Some(()) = further.next() => {}
+            joined = joining.recv(), if begin.is_some() => {
+                if let (Some(BulkStream { recv, .. }), Some(to)) = (joined, begin.take()) {
+                    let (mut reader, pieces) = (Reader::new(recv), lane(&to));
+                    further.push(async move { read(&mut reader, first, no_progress, pieces).await });
+                    lanes += 1;
+                    begin = (lanes < LANES_LIMIT).then_some(to);
+                }
+            }
+            else => return,
+        }
+    }
+}
+
+/// Begins a lane; there is room for [`LANES_LIMIT`].
+fn lane(begin: &mpsc::Sender<mpsc::Receiver<Piece>>) -> mpsc::Sender<Piece> {
+    let (pieces, arrivals) = mpsc::channel(READ_AHEAD);
+    let _ = begin.try_send(arrivals);
+    pieces
+}
+
+/// Reads frames until the end, an error, or nobody wants them.
+async fn read(reader: &mut Reader, mut lowest: u64, no_progress: Duration, pieces: mpsc::Sender<Piece>) {
+    loop {
+        let piece = match read_frame(reader, lowest, no_progress).await {
             Ok(None) => continue,
             Ok(Some(piece)) => piece,
             Err(piece) => piece,
         };
-        expected += 1;
         let is_last = !matches!(piece, Piece::Data { .. });
+        lowest = piece.sequence().map_or(lowest, |sequence| sequence + 1);
         if pieces.send(piece).await.is_err() || is_last {
             return;
         }
     }
 }
 
-async fn read_frame(reader: &mut Reader, expected: u64, no_progress: Duration) -> Result<Option<Piece>, Piece> {
+async fn read_frame(reader: &mut Reader, lowest: u64, no_progress: Duration) -> Result<Option<Piece>, Piece> {
     let head = reader.take(HEADER_LEN, no_progress).await.map_err(Piece::Lost)?;
     let corrupt = |error: BoxError| Piece::Corrupt(error.to_string());
     let head: &[u8; HEADER_LEN] = head.as_ref().try_into().map_err(|_| Piece::Corrupt("a short head".to_owned()))?;
@@ -218,17 +284,20 @@ async fn read_frame(reader: &mut Reader, expected: u64, no_progress: Duration) -
     if header.kind == Kind::Alive {
         return Ok(None);
     }
-    if header.seq != expected {
-        return Err(Piece::Corrupt(format!("frame {} came where {expected} was due", header.seq)));
+    if header.seq < lowest || header.seq == u64::MAX {
+        return Err(Piece::Corrupt(format!("frame {} came behind frame {lowest}", header.seq)));
     }
     let payload = reader.take(header.payload as usize, no_progress).await.map_err(Piece::Lost)?;
     let wire = (HEADER_LEN + payload.len()) as u64;
     let raw = match header.kind {
-        Kind::End => return End::decode(&payload).map(|end| Some(Piece::End(end))).map_err(corrupt),
+        Kind::End => {
+            let end = End::decode(&payload).map_err(corrupt)?;
+            return Ok(Some(Piece::End { seq: header.seq, end }));
+        }
         Kind::Zstd => Unpacked::Soon(super::threads::start(move || decompress(&payload, header.raw as usize))),
         Kind::Stored | Kind::Alive => Unpacked::Already(payload),
     };
-    Ok(Some(Piece::Data { wire, raw }))
+    Ok(Some(Piece::Data { seq: header.seq, wire, raw }))
 }
 
 struct Consumer<'a> {
@@ -244,25 +313,27 @@ struct Consumer<'a> {
 impl Consumer<'_> {
     async fn consume(
         &mut self,
-        arrived: &mut mpsc::Receiver<Piece>,
+        arrived: &mut Lanes<Piece>,
         sink: &mut dyn ChunkSink,
         progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<(), Ended> {
         loop {
             let began = Instant::now();
-            let next = arrived.recv().await;
+            let due = self.next_seq.load(Ordering::Acquire);
+            let next = arrived.next(due).await;
             self.waits.waited_for(Stage::Arrival, began.elapsed());
             let (wire, raw) = match next {
-                None => return Err(Ended::Lost(None)),
-                Some(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
-                Some(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
-                Some(Piece::End(end)) => {
+                Next::Nothing => return Err(Ended::Lost(None)),
+                Next::Gap(found) => return Err(Ended::Corrupt(format!("frame {found} came where {due} was due"))),
+                Next::Due(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
+                Next::Due(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
+                Next::Due(Piece::End { end, .. }) => {
                     self.end(end)?;
                     progress(*self.progress);
                     return Ok(());
                 }
-                Some(Piece::Data { wire, raw: Unpacked::Already(raw) }) => (wire, raw),
-                Some(Piece::Data { wire, raw: Unpacked::Soon(unpacking) }) => match unpacking.await {
+                Next::Due(Piece::Data { wire, raw: Unpacked::Already(raw), .. }) => (wire, raw),
+                Next::Due(Piece::Data { wire, raw: Unpacked::Soon(unpacking), .. }) => match unpacking.await {
                     Ok(Ok(raw)) => (wire, raw),
                     Ok(Err(error)) => return Err(Ended::Corrupt(error.to_string())),
                     Err(error) => return Err(Ended::Corrupt(error.to_string())),

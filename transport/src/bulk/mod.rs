@@ -12,13 +12,16 @@
 //! ## Non-goals
 //! Surviving a restart of either process (the driver's resume point does), and knowing what the bytes are.
 //!
-//! Neighbours: [`frame`] is the layout, [`compression`] the choice of the level, [`rate`] what holds a sender back.
+//! Several connections can share the work (*lanes*): each carries frames in rising order, the receiver puts them back into one row.
+//!
+//! Neighbours: [`frame`] is the layout, [`lanes`] that row, [`compression`] the choice of the level, [`rate`] what holds a sender back.
 
 mod compression;
 mod frame;
 #[cfg(test)]
 mod hostile;
 mod incoming;
+mod lanes;
 mod outgoing;
 mod rate;
 mod stage;
@@ -28,9 +31,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use tokio::sync::mpsc;
 
 pub use self::{
-    incoming::{Incoming, IncomingLimits},
+    incoming::{Incoming, IncomingLimits, LANES_LIMIT},
     outgoing::{Outgoing, OutgoingLimits},
     rate::Gate,
     stage::Stage,
@@ -168,6 +172,11 @@ impl BulkStream {
     pub(crate) fn new(connection: quinn::Connection, send: quinn::SendStream, recv: quinn::RecvStream) -> Self {
         Self { connection, send, recv }
     }
+}
+
+/// Where no further lane joins from.
+fn nobody() -> mpsc::Receiver<BulkStream> {
+    mpsc::channel(1).1
 }
 
 /// Reads exact pieces off a stream. Cancel-safe: what has arrived is kept.

@@ -1,8 +1,8 @@
 //! The sending side of a delta.
 //!
 //! Three stages run at once: `feed` reads the source, hashes, and has frames compressed on blocking threads; `write` puts
-//! frames onto the link in order; `listen` takes acknowledgements and lets go of frames. They share the queue of frames that are not
-//! acknowledged, which outlives the link.
+//! frames onto the link in order, and each further lane takes the next one that none has; `listen` takes acknowledgements and lets go of
+//! frames. They share the queue of frames that are not acknowledged, which outlives the link.
 
 use std::{
     collections::VecDeque,
@@ -11,13 +11,19 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use tokio::{sync::Notify, task::JoinSet, time::Instant};
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     BoxError, BulkError, BulkStream, ChunkSource, Integrity, Progress, Reader, Sent,
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
+    nobody,
     rate::{self, Gate},
     stage::{Stage, Waits},
     threads,
@@ -100,6 +106,19 @@ impl Outgoing {
         source: &mut dyn ChunkSource,
         progress: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<Sent, BulkError> {
+        self.run_in_lanes(link, &mut nobody(), resume_from_seq, source, progress).await
+    }
+
+    /// The same, sharing the work with further streams of the same receiver, on connections of their own, as they join. The loss of
+    /// one of them interrupts all.
+    pub async fn run_in_lanes(
+        &mut self,
+        link: BulkStream,
+        joining: &mut mpsc::Receiver<BulkStream>,
+        resume_from_seq: u64,
+        source: &mut dyn ChunkSource,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<Sent, BulkError> {
         let BulkStream { connection, mut send, recv } = link;
         let mut acks = Reader::new(recv);
         let encoders = std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST_ENCODERS));
@@ -116,6 +135,7 @@ impl Outgoing {
             connection.close(CloseCode::Protocol.varint(), b"resume");
             return Err(BulkError::Corrupt(what));
         }
+        self.shared.queue().next_unwritten = resume_from_seq;
         let source_failed = CancellationToken::new();
         let feed = async {
             let fed = run.feed(&mut self.feeder, source).await;
@@ -129,7 +149,7 @@ impl Outgoing {
                 biased;
                 () = source_failed.cancelled() => Ok(()),
                 heard = run.listen(&mut acks, progress) => heard,
-                written = run.write(&mut send, resume_from_seq) => written,
+                written = run.write_in_lanes(&mut send, joining) => written,
             };
             run.link_lost.cancel();
             outcome
@@ -186,6 +206,8 @@ impl Shared {
 struct Queue {
     /// The sequence of the first.
     first: u64,
+    /// The sequence of the first that no lane has taken.
+    next_unwritten: u64,
     frames: VecDeque<Slot>,
     /// What they hold in memory.
     held: usize,
@@ -214,6 +236,7 @@ impl Queue {
     fn new() -> Self {
         Self {
             first: 0,
+            next_unwritten: 0,
             frames: VecDeque::new(),
             held: 0,
             ended: false,
@@ -234,11 +257,14 @@ impl Queue {
         self.frames.get_mut(index)
     }
 
-    fn ready(&mut self, seq: u64) -> Option<Frame> {
-        match self.slot(seq)? {
-            Slot::Ready(frame) => Some(frame.clone()),
-            Slot::Encoding { .. } => None,
-        }
+    /// Takes the next frame that is to be written, if it is ready.
+    fn take(&mut self) -> Option<Frame> {
+        let frame = match self.slot(self.next_unwritten)? {
+            Slot::Ready(frame) => frame.clone(),
+            Slot::Encoding { .. } => return None,
+        };
+        self.next_unwritten += 1;
+        Some(frame)
     }
 
     fn check_resume(&self, seq: u64) -> Result<(), String> {
@@ -467,18 +493,37 @@ impl Run<'_> {
         }
     }
 
-    /// Writes frames from `next` on, in order, and signs of life between them; ends with the link only.
-    async fn write(&self, send: &mut quinn::SendStream, mut next: u64) -> Result<(), LinkError> {
+    /// Writes to the link, and to those that join; ends with the first of them only.
+    async fn write_in_lanes(
+        &self,
+        send: &mut quinn::SendStream,
+        joining: &mut mpsc::Receiver<BulkStream>,
+    ) -> Result<(), LinkError> {
+        let mut first = std::pin::pin!(self.write(send));
+        let mut further = FuturesUnordered::new();
         loop {
-            let frame = self.shared.queue().ready(next);
+            tokio::select! {
+                biased;
+                ended = &mut first => return ended,
+                Some(ended) = further.next() => return ended,
+                Some(BulkStream { mut send, .. }) = joining.recv() => {
+                    further.push(async move { self.write(&mut send).await });
+                }
+            }
+        }
+    }
+
+    /// Writes frames that no other lane has, in order, and signs of life between them; ends with the lane only.
+    async fn write(&self, send: &mut quinn::SendStream) -> Result<(), LinkError> {
+        loop {
+            let frame = self.shared.queue().take();
             let Some(Frame { header, payload }) = frame else {
-                self.wait_for_frame(send, next).await?;
+                self.wait_for_frame(send).await?;
                 continue;
             };
             let written = HEADER_LEN + payload.len();
             let pieces = [Bytes::copy_from_slice(&header.encode()), payload];
             self.sent(self.write_pieces(send, pieces).await).await?;
-            next += 1;
             let mut queue = self.shared.queue();
             queue.wire_bytes += written as u64;
             queue.pacer.frame_written();
@@ -507,12 +552,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Waits until there is something to write, or shows a sign of life. `next` is the frame that is waited for.
-    async fn wait_for_frame(&self, send: &mut quinn::SendStream, next: u64) -> Result<(), LinkError> {
+    /// Waits until there is something to write, or shows a sign of life.
+    async fn wait_for_frame(&self, send: &mut quinn::SendStream) -> Result<(), LinkError> {
         let signs = self.limits.no_progress / SIGNS_OF_LIFE;
         let is_full = |queue: &Queue| queue.ended || !queue.has_room(self.limits.window);
         let (is_encoding, is_full) = {
             let mut queue = self.shared.queue();
+            let next = queue.next_unwritten;
             (queue.slot(next).is_some(), is_full(&queue))
         };
         let stage = match (is_encoding, is_full) {
