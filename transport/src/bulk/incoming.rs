@@ -120,7 +120,7 @@ impl Incoming {
         let (begin, beginning) = mpsc::channel(LANES_LIMIT);
         let mut arrived = Lanes::new(beginning);
         let (outcome_said, outcome) = watch::channel(Outcome::Open);
-        let (consumed, ack_failed) = (Notify::new(), CancellationToken::new());
+        let (consumed, link_lost) = (Notify::new(), CancellationToken::new());
         let first = self.next_sequence();
         let mut state = Consumer {
             integrity: self.limits.integrity,
@@ -129,13 +129,14 @@ impl Incoming {
             hasher: &mut self.hasher,
             received: &mut self.received,
             consumed: &consumed,
+            link_lost: &link_lost,
             waits: Waits::default(),
         };
         let is_over = state.received.is_some();
         let read = async {
             tokio::select! {
                 biased;
-                () = ack_failed.cancelled() => {}
+                () = link_lost.cancelled() => {}
                 () = read_lanes(&mut reader, joining, first, no_progress, begin), if !is_over => {}
             }
         };
@@ -148,12 +149,12 @@ impl Incoming {
                 Err(Ended::Corrupt(_)) => Outcome::Stop(StopReason::Corrupt),
                 Err(Ended::Lost(_)) => Outcome::Lost,
             });
-            ack_failed.cancel();
+            link_lost.cancel();
             ended
         };
         let acknowledge = async {
             let said = acknowledge(&mut send, &self.next_seq, &consumed, outcome, no_progress).await;
-            ack_failed.cancel();
+            link_lost.cancel();
             said
         };
         let ((), ended, said) = tokio::join!(read, consume, acknowledge);
@@ -307,6 +308,7 @@ struct Consumer<'a> {
     hasher: &'a mut Option<blake3::Hasher>,
     received: &'a mut Option<Received>,
     consumed: &'a Notify,
+    link_lost: &'a CancellationToken,
     waits: Waits,
 }
 
@@ -324,6 +326,8 @@ impl Consumer<'_> {
             self.waits.waited_for(Stage::Arrival, began.elapsed());
             let (wire, raw) = match next {
                 Next::Nothing => return Err(Ended::Lost(None)),
+                // The other half of the link is gone, and the lanes with it.
+                Next::Gap(_) if self.link_lost.is_cancelled() => return Err(Ended::Lost(None)),
                 Next::Gap(found) => return Err(Ended::Corrupt(format!("frame {found} came where {due} was due"))),
                 Next::Due(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
                 Next::Due(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
