@@ -480,13 +480,13 @@ impl Scenario {
     /// Every volume can be brought to every other node, keeping whatever is there.
     fn converge(&mut self) -> Result<(), String> {
         for node in 0..self.nodes {
-            for volume in self.world.look(node) {
+            for seen in self.world.look(node) {
+                // A node that follows a newer primary takes away what had landed beside its volume, and its volume has another
+                // tip then; what was its own is in another.
+                let now = self.world.look(node).into_iter().find(|volume| volume.record.id == seen.record.id);
+                let Some(volume) = now else { continue };
                 let Some(tip) = volume.snapshots.last() else { continue };
                 let peer = self.other(node);
-                // A node that follows a newer primary takes away what had landed beside its volume.
-                if !self.world.look(node).iter().any(|other| other.record.id == volume.record.id) {
-                    continue;
-                }
                 let name = volume.record.name.as_str();
                 let body =
                     json!({ "peer": name_of(peer), "snapshot": tip.held.snapshot.name, "on_divergence": "fork" });
