@@ -16,7 +16,7 @@ use flocker_storage::{
     model::{NodeName, VolumeName},
 };
 use flocker_transport::{CloseCode, Connection, Handler, NO_PROGRESS};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -63,12 +63,12 @@ impl Handler for Replication {
                 Ok(Err(error)) => return tracing::debug!(peer = %name, "no request came: {}", problem::chain(&error)),
                 Err(_) => return connection.close(CloseCode::Done, "idle"),
             };
-            let Ok(Ok(_slot)) = tokio::time::timeout(SLOT_TIMEOUT, self.slots.acquire()).await else {
+            let Ok(Ok(slot)) = tokio::time::timeout(SLOT_TIMEOUT, self.slots.acquire()).await else {
                 tracing::warn!(peer = %name, "refused an exchange: {EXCHANGES_LIMIT} are served");
                 return connection.close(CloseCode::Busy, "");
             };
             let mut line = Line::served(name.clone(), &connection, exchange);
-            if let Err(failure) = self.serve(&mut line, peer.clone()).await {
+            if let Err(failure) = self.serve(&mut line, peer.clone(), slot).await {
                 tracing::warn!(peer = %name, "an exchange failed: {}", failure.problem);
                 if !failure.problem.code.starts_with("peer_") {
                     line.report(&problem::to_peer(&failure.problem)).await;
@@ -87,7 +87,7 @@ impl Replication {
         Self { node, slots: Semaphore::new(EXCHANGES_LIMIT) }
     }
 
-    async fn serve(&self, line: &mut Line<'_>, peer: PeerIdentity) -> Result<(), Failure> {
+    async fn serve(&self, line: &mut Line<'_>, peer: PeerIdentity, slot: SemaphorePermit<'_>) -> Result<(), Failure> {
         let node = &self.node;
         match line.recv(NO_PROGRESS).await? {
             Message::Offer(mut offer) => {
@@ -119,6 +119,8 @@ impl Replication {
             }
             Message::Lane(lane) => {
                 check_protocol(lane.protocol)?;
+                // It belongs to an exchange that has a place already.
+                drop(slot);
                 node.lanes.serve(line, lane).await
             }
             other => Err(line.broke(format!("it opened with {}", other.kind())).into()),
