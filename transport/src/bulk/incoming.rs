@@ -239,6 +239,7 @@ async fn read_lanes(
     let mut lanes = 1;
     loop {
         tokio::select! {
+            biased;
             () = &mut link, if !link_ended => link_ended = true,
             Some(()) = further.next() => {}
             joined = joining.recv(), if begin.is_some() => {
