@@ -143,6 +143,8 @@ pub(crate) struct Node {
     pub(crate) cancel: CancellationToken,
     started: Timestamp,
     listen: SocketAddr,
+    /// Whether nobody watches it but a simulation, whose seed says all that happens.
+    pub(crate) is_simulated: bool,
 }
 
 /// Returns the configured pool. Whether it is wiped is said by each start, never by the configuration.
@@ -322,6 +324,7 @@ impl Node {
             cancel: CancellationToken::new(),
             started: Timestamp::now(),
             listen,
+            is_simulated: !alone,
         });
         if !node.mounts_really {
             tracing::info!("{}", symlink_note());

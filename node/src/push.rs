@@ -318,7 +318,9 @@ async fn beside<T>(work: impl Future<Output = T>, beside: impl Future<Output = (
 
 /// Tells the user how much there is to send, where sending takes long enough to ask for it.
 async fn estimate(node: &Node, job: Option<&Arc<Job>>, compare: Compare, steps: &[Step]) {
-    let Some(job) = job.filter(|job| job.is_unestimated() && steps.len() <= ESTIMATED_STEPS) else { return };
+    // What is drawn for a simulation would depend on whether a push runs long enough to be watched.
+    let is_watched = !node.is_simulated && steps.len() <= ESTIMATED_STEPS;
+    let Some(job) = job.filter(|job| is_watched && job.is_unestimated()) else { return };
     let mut bytes = job.resource().progress.delta_bytes;
     tokio::time::sleep(ESTIMATE_AFTER).await;
     for step in steps {
