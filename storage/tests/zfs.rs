@@ -264,6 +264,28 @@ async fn a_reader_of_a_replica_and_its_own_empty_snapshots_do_not_stand_in_the_w
     }
 }
 
+/// zfs-fuse learns of an unmount after the kernel has told that it is done, and does not go back until then. Without
+/// patience the 23rd round failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_that_was_let_go_this_moment_goes_back() {
+    let Some(host) = ZfsHost::enter("a_head_that_was_let_go_this_moment_goes_back") else { return };
+    let place = host.place();
+    let a = place.open("a").await.unwrap();
+    let volume = record("db");
+    a.create(&volume).await.unwrap();
+    write(&*a, volume.id, "file", b"one").await;
+    let one = take(&*a, volume.id).await;
+    let rounds = if host.is_fuse() { 60 } else { 3 };
+    for round in 0..rounds {
+        write(&*a, volume.id, "file", b"two").await;
+        a.rewind(one.key()).await.unwrap_or_else(|error| panic!("round {round}: {error:?}"));
+        assert_eq!(a.head_state(volume.id).await.unwrap(), HeadState::Clean);
+    }
+    let head = a.attach(Target::Head(volume.id), Access::ReadWrite).await.unwrap();
+    assert_eq!(fs::read(head.join("file")).unwrap(), b"one");
+    a.detach(Target::Head(volume.id)).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_ours_is_listed_and_never_destroyed() {
     let Some(host) = ZfsHost::enter("what_is_not_ours_is_listed_and_never_destroyed") else { return };

@@ -112,6 +112,8 @@ const PATTERNS: &[Pattern] = &[
     pattern("umount:", "not mounted", Class::NotMounted),
     pattern("cannot rollback", "clones of previous snapshots exist", Class::HasClones),
     pattern("cannot rollback", "more recent snapshots", Class::HasNewer),
+    // What zfs-fuse says while it takes down a mount that the kernel has given up already; nothing was done.
+    pattern("cannot rollback", "I/O error", Class::Busy),
     pattern("cannot destroy", "snapshot has dependent clones", Class::HasClones),
     pattern("cannot destroy", "filesystem has dependent clones", Class::HasClones),
     pattern("cannot destroy", "filesystem has children", Class::HasNewer),
