@@ -68,6 +68,11 @@ impl Connection {
         self.quic.rtt()
     }
 
+    /// Returns the largest UDP payload, in bytes, that the path is known to carry at the moment.
+    pub fn mtu(&self) -> u16 {
+        self.quic.stats().path.current_mtu
+    }
+
     /// Bytes sent and received in UDP datagrams since the connection began.
     pub fn wire_bytes(&self) -> (u64, u64) {
         let stats = self.quic.stats();

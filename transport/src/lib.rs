@@ -7,6 +7,7 @@
 //! - [`Connection`] opens and accepts two kinds of streams: an [`Exchange`] of typed messages, and a [`BulkStream`]
 //!   on which [`Outgoing`] and [`Incoming`] move bytes.
 
+mod batch;
 mod bulk;
 mod close;
 mod codec;

@@ -10,12 +10,14 @@ use std::{
 
 use quinn::{AsyncUdpSocket, EndpointConfig, Runtime, TokioRuntime};
 
+use crate::batch::Batches;
+
 /// Asked of the kernel for the socket, which may give less; a burst of a whole round trip fits.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// The largest datagram, in bytes of UDP payload. Larger ones do not pay: above about 6,550 bytes a batch of ten no longer
-/// fits one send, and discovery falls back.
-pub(crate) const DATAGRAM_LIMIT: u16 = 6_500;
+/// The largest datagram, in bytes of UDP payload, where the path carries it: each costs its own encryption, headers and
+/// acknowledgement. Two fill a send to the kernel; still larger ones gain no more than some hundredths (docs/BENCHMARKS.md).
+pub(crate) const DATAGRAM_LIMIT: u16 = 32_000;
 
 /// A bound socket, what drives it, and QUIC's parameters for it.
 #[derive(Debug)]
@@ -34,7 +36,7 @@ impl Socket {
         let mut config = EndpointConfig::default();
         // What this side can receive is what the peer's discovery of the path's MTU goes up to; quinn's default is 1,472.
         config.max_udp_payload_size(DATAGRAM_LIMIT).map_err(io::Error::other)?;
-        Ok(Self { udp: runtime.wrap_udp_socket(socket)?, runtime: Arc::new(runtime), config })
+        Ok(Self { udp: Arc::new(Batches::over(runtime.wrap_udp_socket(socket)?)), runtime: Arc::new(runtime), config })
     }
 
     /// Takes a socket of another network. Its tasks and timers are tokio's; `config` may carry a seed. The endpoint puts its own

@@ -45,6 +45,23 @@ async fn what_was_sent_arrives() {
     }
 }
 
+/// Ten datagrams of such a size are more than one send to the kernel takes; where such sends fail, quinn falls back to 1,200 bytes.
+#[tokio::test(flavor = "multi_thread")]
+async fn datagrams_become_as_large_as_the_path_carries_and_stay_so() {
+    let (client, server) = Pair::new().connect().await;
+    let (mut source, mut sink) = (Pieces::new(mixed_data(1, 64_000_000), 256 << 10), Collect::new());
+    let send = async {
+        let link = client.open_bulk(1).await.unwrap();
+        Outgoing::new(OutgoingLimits::default()).run(link, 0, &mut source, &quiet).await.unwrap()
+    };
+    let receive = async {
+        let link = server.accept_bulk(1).await.unwrap();
+        Incoming::new().run(link, &mut sink, &quiet).await.unwrap()
+    };
+    assert_eq!(tokio::join!(send, receive).1.raw_bytes, 64_000_000);
+    assert!((31_900..=32_000).contains(&client.mtu()), "{} bytes", client.mtu());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transfer_that_is_cut_again_and_again_gives_the_same_bytes() {
     for seed in 0..12 {
