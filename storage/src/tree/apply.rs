@@ -31,6 +31,7 @@ use super::{
     entry::{Metadata, Status},
     path::TreePath,
     root::{Root, magic_path, open_entry},
+    stream_digest::StreamDigest,
     wire::{Basis, FRAME_HEAD, FRAME_LIMIT, Place, Position, Record, Rule},
     write::Summary,
 };
@@ -73,7 +74,7 @@ pub struct Applier {
     state: State,
     /// Bytes of a frame that is not complete.
     buffer: Vec<u8>,
-    hasher: blake3::Hasher,
+    digest: StreamDigest,
     /// Where the stream was told to start.
     resume: Option<Position>,
     /// How far it is.
@@ -86,7 +87,6 @@ pub struct Applier {
     left_out: bool,
     summary: Summary,
     arrivals: Option<Arrivals>,
-    contents: blake3::Hasher,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,8 +114,8 @@ struct OpenFile {
     written: u64,
     /// The length of the file now.
     length: u64,
-    /// How much of it, from its beginning on, went into the hash of its contents; `None` where that is not all of it.
-    hashed: Option<u64>,
+    /// How much of it, from its beginning on, arrived as data without a gap; `None` where what is before is not of the stream.
+    whole: Option<u64>,
 }
 
 impl OpenFile {
@@ -143,7 +143,7 @@ impl Applier {
             checkpoints: Checkpoints::new(on_checkpoint),
             state: State::Start,
             buffer: Vec::new(),
-            hasher: blake3::Hasher::new(),
+            digest: StreamDigest::default(),
             position: resume.clone(),
             resume,
             levels: Vec::new(),
@@ -153,7 +153,6 @@ impl Applier {
             left_out: false,
             summary: Summary::default(),
             arrivals: None,
-            contents: blake3::Hasher::new(),
         })
     }
 
@@ -240,22 +239,30 @@ impl Applier {
         Ok(whole)
     }
 
-    /// Acts on frames. They are hashed in large pieces, up to each record that has their digest.
+    /// Acts on frames, and takes them into the digest.
     fn frames(&mut self, frames: &[u8]) -> Result<()> {
         let (mut at, mut hashed) = (0, 0);
         while let Some(length) = self.frame_length(&frames[at..])? {
             if self.state == State::Ended {
                 return Err(self.corrupt("bytes follow the end of the stream"));
             }
-            let record = Record::decode(&frames[at + FRAME_HEAD..at + length]).map_err(|rule| self.corrupt(rule))?;
-            if record.is_digest() {
-                self.hasher.update(&frames[hashed..at]);
-                hashed = at + length;
+            let end = at + length;
+            let record = Record::decode(&frames[at + FRAME_HEAD..end]).map_err(|rule| self.corrupt(rule))?;
+            if let Record::Data { bytes, .. } = &record {
+                self.digest.frames(&frames[hashed..end - bytes.0.len()]);
+                self.digest.data(bytes.0);
+                hashed = end;
+            } else if record.is_digest() {
+                self.digest.frames(&frames[hashed..at]);
+                hashed = end;
+            } else if record.place().is_some() && self.digest.has_data() {
+                self.digest.frames(&frames[hashed..at]);
+                hashed = at;
             }
             self.act(record)?;
-            at += length;
+            at = end;
         }
-        self.hasher.update(&frames[hashed..]);
+        self.digest.frames(&frames[hashed..]);
         Ok(())
     }
 
@@ -412,9 +419,8 @@ impl Applier {
         let is_new = (from, basis) == (None, Basis::Fresh);
         let length = if is_new { 0 } else { self.length(&fd, name)? };
         let written = from.unwrap_or(0);
-        let hashed = (is_new && self.arrivals.is_some()).then_some(0);
-        self.contents.reset();
-        let mut file = OpenFile { fd, path, metadata, origin, size, written, length, hashed };
+        let whole = is_new.then_some(0);
+        let mut file = OpenFile { fd, path, metadata, origin, size, written, length, whole };
         if file.length > size || (from.is_none() && file.length > 0) {
             // To its size at once, so that what the base has behind it reads as a hole when it grows again.
             self.resize(&mut file)?;
@@ -501,9 +507,8 @@ impl Applier {
         let mut file = self.piece(offset, bytes.len() as u64)?;
         data::write_at(file.fd.as_fd(), bytes, offset)
             .map_err(|error| self.builder.error("write", file.name(), error))?;
-        if file.hashed == Some(offset) {
-            self.contents.update(bytes);
-            file.hashed = Some(offset + bytes.len() as u64);
+        if file.whole == Some(offset) {
+            file.whole = Some(offset + bytes.len() as u64);
         }
         file.written = offset + bytes.len() as u64;
         file.length = file.length.max(file.written);
@@ -544,11 +549,12 @@ impl Applier {
 
     fn close_file(&mut self) -> Result<()> {
         let Some(mut file) = self.file.take() else { return Ok(()) };
+        let digest = self.digest.end_data();
         self.resize(&mut file)?;
         self.builder.finish_file(&file.fd, file.name(), &file.metadata, file.origin)?;
         self.advance(&file.path, None);
         if let Some(arrivals) = &mut self.arrivals {
-            let digest = (file.hashed == Some(file.size)).then(|| *self.contents.finalize().as_bytes());
+            let digest = (file.whole == Some(file.size)).then_some(digest);
             arrivals.file(self.builder.entry_of(&file.fd, file.path)?, digest)?;
         }
         Ok(())
@@ -581,10 +587,9 @@ impl Applier {
     }
 
     fn verify(&mut self, digest: [u8; 32]) -> Result<()> {
-        if *self.hasher.finalize().as_bytes() != digest {
+        if self.digest.take() != digest {
             return Err(self.corrupt("a digest differs: the stream was damaged on its way"));
         }
-        self.hasher.reset();
         Ok(())
     }
 

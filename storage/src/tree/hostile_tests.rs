@@ -12,6 +12,7 @@ use super::{
     entry::{Metadata, Time},
     path::TreePath,
     root::Root,
+    stream_digest::StreamDigest,
     wire::{Basis, MAGIC, NodeKind, Place, Position, Raw, Record},
 };
 use crate::error::{Error, ErrorKind};
@@ -81,9 +82,23 @@ fn frame(record: &Record<'_>) -> Vec<u8> {
 
 /// A whole stream of these records, its start and its end being right.
 fn stream(records: &[Record<'_>]) -> Vec<u8> {
-    let mut bytes = frame(&START);
-    records.iter().for_each(|record| bytes.extend(frame(record)));
-    let digest = *blake3::hash(&bytes).as_bytes();
+    let (mut bytes, mut digest) = (Vec::new(), StreamDigest::default());
+    for record in std::iter::once(&START).chain(records) {
+        let frame = frame(record);
+        if record.place().is_some() && digest.has_data() {
+            digest.end_data();
+        }
+        match record {
+            Record::Data { bytes, .. } => {
+                digest.frames(&frame[..frame.len() - bytes.0.len()]);
+                digest.data(bytes.0);
+            }
+            record if record.is_digest() => {}
+            _ => digest.frames(&frame),
+        }
+        bytes.extend(frame);
+    }
+    let digest = digest.take();
     bytes.extend(frame(&Record::End { entries: 1, logical_bytes: 0, digest }));
     bytes
 }
@@ -246,6 +261,21 @@ fn unknown_records_and_versions_are_refused() {
     let mut long = frame(&START);
     long.extend([4, 0, 0, 0, 4, 1, 1, 9]);
     Yard::new().refused_bytes(&long, "bytes behind its end");
+}
+
+#[test]
+fn each_byte_of_files_and_what_is_between_them_counts() {
+    let whole = stream(&[root(), file(b"f", 7), data(0, b"abc"), data(3, b"defg"), file(b"g", 3), data(0, b"abc")]);
+    for place in 0..whole.len() {
+        for bit in [1, 0x80] {
+            let mut damaged = whole.clone();
+            damaged[place] ^= bit;
+            Yard::new().refused_bytes(&damaged, "");
+        }
+    }
+    let checkpoint = |digest| Record::Checkpoint { digest };
+    let half = [root(), file(b"f", 7), data(0, b"abc"), checkpoint([0; 32])];
+    Yard::new().refused(&half, "digest differs");
 }
 
 #[test]

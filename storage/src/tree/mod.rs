@@ -26,6 +26,7 @@ pub mod inventory;
 pub mod listing;
 pub mod path;
 pub mod root;
+mod stream_digest;
 mod target;
 pub mod walk;
 pub mod weave;

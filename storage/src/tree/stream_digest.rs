@@ -1,0 +1,54 @@
+//! The digest of a stream: BLAKE3 of its frames, in which the data of each file counts by the digest of that data.
+//!
+//! So the contents of a file are hashed once by whoever makes the stream, and once by whoever takes it in, who needs the digest of
+//! a whole file besides. Both sides call the same in the same order; docs/PROTOCOL.md has the rule.
+
+use blake3::Hasher;
+
+/// The digest as the stream goes by.
+#[derive(Debug, Default)]
+pub(super) struct StreamDigest {
+    frames: Hasher,
+    /// The data of the file announced last, from where the stream begins with it.
+    contents: Hasher,
+    has_contents: bool,
+}
+
+impl StreamDigest {
+    /// Takes in frames, or the part of a frame that is before its data.
+    pub(super) fn frames(&mut self, bytes: &[u8]) {
+        self.frames.update(bytes);
+    }
+
+    /// Takes in data of the file announced last.
+    pub(super) fn data(&mut self, bytes: &[u8]) {
+        self.contents.update(bytes);
+        self.has_contents = true;
+    }
+
+    /// Tells whether a file has data that was not ended: the frames before its end must be taken in first.
+    pub(super) fn has_data(&self) -> bool {
+        self.has_contents
+    }
+
+    /// Ends the data of a file, before the frame of another entry, and returns its digest.
+    pub(super) fn end_data(&mut self) -> [u8; 32] {
+        let digest = *self.contents.finalize().as_bytes();
+        if self.has_contents {
+            self.frames.update(&digest);
+            self.contents.reset();
+            self.has_contents = false;
+        }
+        digest
+    }
+
+    /// Returns the digest since the start or the last call. The data of a file goes on being taken in as one.
+    pub(super) fn take(&mut self) -> [u8; 32] {
+        if self.has_contents {
+            self.frames.update(self.contents.finalize().as_bytes());
+        }
+        let digest = *self.frames.finalize().as_bytes();
+        self.frames.reset();
+        digest
+    }
+}
