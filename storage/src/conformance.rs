@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    delta::{Compare, DeltaFormat, DeltaRequest, ReceiveRequest, Receiving},
+    delta::{CHUNK_LIMIT, Compare, DeltaFormat, DeltaRequest, ReceiveRequest, Receiving},
     driver::{Access, Driver, SnapshotRequest, Target},
     error::{ErrorKind, Result},
     model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},
@@ -232,7 +232,7 @@ pub(crate) async fn read_all(driver: &dyn Driver, request: DeltaRequest) -> Resu
     let mut reader = driver.read_delta(request).await?;
     let mut chunks = Vec::new();
     while let Some(chunk) = reader.next().await? {
-        assert!(!chunk.is_empty() && chunk.len() <= 256 * 1024, "a chunk of {} bytes", chunk.len());
+        assert!(!chunk.is_empty() && chunk.len() <= CHUNK_LIMIT, "a chunk of {} bytes", chunk.len());
         chunks.push(chunk);
     }
     Ok(chunks)

@@ -69,7 +69,10 @@ pub struct DeltaRequest {
     pub resume: Option<ResumePoint>,
 }
 
-/// A delta being read. Chunks are at most 256 KiB and never empty.
+/// The longest chunk of a delta that is being read, in bytes: 256 KiB, and one more record of the portable format.
+pub const CHUNK_LIMIT: usize = 400 * 1024;
+
+/// A delta being read. Chunks are at most [`CHUNK_LIMIT`] and never empty.
 #[async_trait]
 pub trait DeltaReader: Send {
     /// Returns the next chunk, `None` at the end. Dropping the future loses nothing; dropping the reader ends its work.

@@ -294,8 +294,9 @@ impl Applier {
             Record::Hole { offset, length } => self.hole(offset, length),
             Record::Checkpoint { digest } => self.checkpoint(digest),
             Record::End { entries, logical_bytes, digest } => {
-                self.verify(digest)?;
                 self.close_file()?;
+                let found = self.digest.end(entries, logical_bytes);
+                self.verify(found, digest)?;
                 self.builder.leave_to(0)?;
                 self.summary = Summary { entries, logical_bytes };
                 self.state = State::Ended;
@@ -586,15 +587,16 @@ impl Applier {
         }
     }
 
-    fn verify(&mut self, digest: [u8; 32]) -> Result<()> {
-        if self.digest.take() != digest {
+    fn verify(&self, found: [u8; 32], told: [u8; 32]) -> Result<()> {
+        if found != told {
             return Err(self.corrupt("a digest differs: the stream was damaged on its way"));
         }
         Ok(())
     }
 
     fn checkpoint(&mut self, digest: [u8; 32]) -> Result<()> {
-        self.verify(digest)?;
+        let found = self.digest.take();
+        self.verify(found, digest)?;
         let Some(position) = &self.position else { return Ok(()) };
         let point = position.to_point()?;
         self.checkpoints.begin(self.builder.root().try_clone()?, point)

@@ -98,7 +98,7 @@ fn stream(records: &[Record<'_>]) -> Vec<u8> {
         }
         bytes.extend(frame);
     }
-    let digest = digest.take();
+    let digest = digest.end(1, 0);
     bytes.extend(frame(&Record::End { entries: 1, logical_bytes: 0, digest }));
     bytes
 }

@@ -24,6 +24,7 @@ mod findings;
 mod hostile_tests;
 pub mod inventory;
 pub mod listing;
+mod output;
 pub mod path;
 pub mod root;
 mod stream_digest;

@@ -51,4 +51,11 @@ impl StreamDigest {
         self.frames.reset();
         digest
     }
+
+    /// Returns the digest that stands at the end, with the totals there.
+    pub(super) fn end(&mut self, entries: u64, logical_bytes: u64) -> [u8; 32] {
+        self.end_data();
+        self.frames.update(&entries.to_le_bytes()).update(&logical_bytes.to_le_bytes());
+        self.take()
+    }
 }

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rustix::{
     fs::{FileType, OFlags},
     io::Errno,
@@ -23,21 +23,18 @@ use rustix::{
 use super::{
     blocks::{Blocks, Found, Version},
     entry::{Entry, EntryKind, Metadata},
+    output::Output,
     path::TreePath,
     root::Root,
-    stream_digest::StreamDigest,
     target::{Ahead, Target},
     walk::{Attributes, Links, Motion, Walk},
-    wire::{Basis, FRAME_HEAD, FRAME_LIMIT, MAGIC, NodeKind, Place, Position, Raw, Record},
+    wire::{Basis, MAGIC, NodeKind, Place, Position, Raw, Record},
 };
 use crate::{
     delta::{Compare, ResumePoint},
     driver::Finding,
     error::{Error, ErrorKind, Result},
 };
-
-/// The longest chunk, in bytes.
-const CHUNK_LIMIT: usize = 256 * 1024;
 
 /// How much stream lies between two checkpoints: a broken transfer sends again what came since the last but one, at most. Each costs
 /// the receiver one syncfs(2), beside its work.
@@ -103,6 +100,15 @@ struct FileJob {
     nlink: u32,
 }
 
+impl FileJob {
+    /// Returns what goes before the file's data, once.
+    fn record(&mut self) -> Option<Record<'_>> {
+        let metadata = self.metadata.take()?;
+        let (size, basis, from) = (self.size, self.basis, self.from);
+        Some(Record::File { at: place(&self.path), metadata, size, basis, from })
+    }
+}
+
 impl DeltaWriter {
     /// Starts a delta from `base` (nothing where there is none) to `target`, going on at `resume`.
     pub fn new(base: Option<Side>, target: Side, compare: Compare, resume: Option<&ResumePoint>) -> Result<Self> {
@@ -142,7 +148,7 @@ impl DeltaWriter {
     /// Sets how many bytes lie between two checkpoints; [`CHECKPOINT_INTERVAL`] otherwise.
     #[must_use]
     pub fn checkpoint_every(mut self, bytes: u64) -> Self {
-        self.out.interval = bytes;
+        self.out.checkpoint_every(bytes);
         self
     }
 
@@ -151,9 +157,9 @@ impl DeltaWriter {
         Arc::clone(&self.stop)
     }
 
-    /// Returns the next chunk: 256 KiB at most, never empty, `None` at the end.
+    /// Returns the next chunk: [`CHUNK_LIMIT`](crate::delta::CHUNK_LIMIT) at most, never empty, `None` at the end.
     pub fn next_chunk(&mut self) -> Result<Option<Bytes>> {
-        while self.out.bytes.len() < CHUNK_LIMIT && !self.ended {
+        while !self.out.has_chunk() && !self.ended {
             self.give_way()?;
             self.step()?;
             if !self.ended {
@@ -400,7 +406,9 @@ impl DeltaWriter {
         let job = self.file.insert(job);
         if send {
             let (path, nlink) = (job.path.clone(), job.nlink);
-            self.out.file(job)?;
+            if let Some(record) = job.record() {
+                self.out.put(&record)?;
+            }
             self.mark_sent(&path, nlink);
         }
         Ok(())
@@ -427,7 +435,9 @@ impl DeltaWriter {
         })?;
         if matches!(found, Found::Data(..) | Found::Hole(..)) && job.metadata.is_some() {
             self.announce()?;
-            self.out.file(&mut job)?;
+            if let Some(record) = job.record() {
+                self.out.put(&record)?;
+            }
             self.mark_sent(&job.path, job.nlink);
         }
         match found {
@@ -504,111 +514,6 @@ impl DeltaWriter {
 
 fn walk(side: Side) -> Walk {
     Walk::with(side.root, side.links, Motion::Still, Attributes::OnDemand)
-}
-
-/// The stream as it grows: frames, the digest since the last checkpoint.
-#[derive(Debug)]
-struct Output {
-    bytes: BytesMut,
-    /// How much of that went into the digest.
-    hashed: usize,
-    scratch: Vec<u8>,
-    digest: StreamDigest,
-    since_checkpoint: u64,
-    interval: u64,
-}
-
-impl Output {
-    fn new() -> Self {
-        Self {
-            bytes: BytesMut::with_capacity(2 * CHUNK_LIMIT),
-            hashed: 0,
-            scratch: Vec::new(),
-            digest: StreamDigest::default(),
-            since_checkpoint: 0,
-            interval: CHECKPOINT_INTERVAL,
-        }
-    }
-
-    fn put(&mut self, record: &Record<'_>) -> Result<()> {
-        let mut frame = std::mem::take(&mut self.scratch);
-        frame.clear();
-        frame.extend_from_slice(&[0; FRAME_HEAD]);
-        let mut frame = postcard::to_extend(record, frame)
-            .map_err(|error| Error::new("write delta", "record", ErrorKind::Corrupt(error.to_string())))?;
-        let length = frame.len() - FRAME_HEAD;
-        if length > FRAME_LIMIT {
-            let why = "the extended attributes are larger than 8 MiB".to_owned();
-            return Err(Error::new("write delta", "record", ErrorKind::Unsupported(why)));
-        }
-        frame[..FRAME_HEAD].copy_from_slice(&(length as u32).to_le_bytes());
-        if record.place().is_some() && self.digest.has_data() {
-            self.hash();
-            self.digest.end_data();
-        }
-        self.bytes.extend_from_slice(&frame);
-        if let Record::Data { bytes, .. } = record {
-            let head = self.bytes.len() - bytes.0.len();
-            self.digest.frames(&self.bytes[self.hashed..head]);
-            self.digest.data(bytes.0);
-            self.hashed = self.bytes.len();
-        }
-        if record.is_digest() {
-            self.hashed = self.bytes.len();
-        } else {
-            self.since_checkpoint += frame.len() as u64;
-        }
-        self.scratch = frame;
-        Ok(())
-    }
-
-    /// Hands out the next piece, if there is any.
-    fn take_chunk(&mut self) -> Option<Bytes> {
-        let length = self.bytes.len().min(CHUNK_LIMIT);
-        self.hash();
-        self.hashed -= length;
-        (length > 0).then(|| self.bytes.split_to(length).freeze())
-    }
-
-    /// Throws away what was written, and returns how much it was.
-    fn forget(&mut self) -> usize {
-        let length = self.bytes.len();
-        self.bytes.clear();
-        self.hashed = 0;
-        length
-    }
-
-    fn hash(&mut self) {
-        self.digest.frames(&self.bytes[self.hashed..]);
-        self.hashed = self.bytes.len();
-    }
-
-    /// Sends what goes before a file's data.
-    fn file(&mut self, job: &mut FileJob) -> Result<()> {
-        let Some(metadata) = job.metadata.take() else { return Ok(()) };
-        let (at, size, basis, from) = (place(&job.path), job.size, job.basis, job.from);
-        self.put(&Record::File { at, metadata, size, basis, from })
-    }
-
-    fn digest(&mut self) -> [u8; 32] {
-        self.hash();
-        self.since_checkpoint = 0;
-        self.digest.take()
-    }
-
-    fn checkpoint_if_due(&mut self) -> Result<()> {
-        if self.since_checkpoint < self.interval {
-            return Ok(());
-        }
-        let digest = self.digest();
-        self.put(&Record::Checkpoint { digest })
-    }
-
-    fn end(&mut self, summary: Summary) -> Result<()> {
-        let digest = self.digest();
-        let Summary { entries, logical_bytes } = summary;
-        self.put(&Record::End { entries, logical_bytes, digest })
-    }
 }
 
 fn place(path: &TreePath) -> Place<'_> {

@@ -5,8 +5,9 @@
 
 use super::{BoxError, StopReason};
 
-/// The sender cuts the delta into frames of at most this many raw bytes.
-pub(super) const FRAME_RAW: usize = 256 * 1024;
+/// The sender cuts the delta into frames of at most this many raw bytes: a chunk of the portable format, which ends with a record,
+/// stays in one piece.
+pub(super) const FRAME_RAW: usize = 400 * 1024;
 /// A receiver takes frames up to this, for senders that choose otherwise.
 pub(super) const FRAME_RAW_LIMIT: usize = 1024 * 1024;
 pub(super) const HEADER_LEN: usize = 17;

@@ -50,7 +50,7 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// Where the sender's bytes come from.
 #[async_trait]
 pub trait ChunkSource: Send {
-    /// The next bytes, of any length but best at most 256 KiB; nothing at the end. Awaited to its end even when the link is lost
+    /// The next bytes, of any length but best 200 to 400 KiB; nothing at the end. Awaited to its end even when the link is lost
     /// meanwhile. Blocking work belongs on other threads.
     async fn next(&mut self) -> Result<Option<Bytes>, BoxError>;
 }

@@ -39,7 +39,7 @@ use crate::{
 
 const OPERATION: &str = "read delta of";
 
-/// How many chunks of 256 KiB wait for the reader: enough to keep the disk busy, and 1 MiB of memory at most.
+/// How many chunks wait for the reader: enough to keep the disk busy, and 1.6 MiB of memory at most.
 const CHUNKS_AHEAD: usize = 4;
 
 const PREAMBLE_MAGIC: &[u8; 8] = b"flkbtrfs";

@@ -1,0 +1,128 @@
+//! The stream as it grows: records become frames, frames become chunks, and a digest is taken of all.
+//!
+//! A chunk ends with a record, so that who takes it in need not put one together from two; only what is longer than a chunk is
+//! cut.
+
+use bytes::Bytes;
+
+use super::{
+    stream_digest::StreamDigest,
+    wire::{FRAME_HEAD, FRAME_LIMIT, Record},
+    write::{CHECKPOINT_INTERVAL, Summary},
+};
+use crate::{
+    delta::CHUNK_LIMIT,
+    error::{Error, ErrorKind, Result},
+};
+
+/// How long a chunk is at least, but for the last: two pieces of a file.
+const CHUNK: usize = 256 * 1024;
+
+/// What a chunk has room for before it grows.
+const ROOM: usize = CHUNK + 16 * 1024;
+
+/// Records on their way to be chunks.
+#[derive(Debug)]
+pub(super) struct Output {
+    bytes: Vec<u8>,
+    /// How much of that went into the digest.
+    hashed: usize,
+    /// Bytes of records that were handed over and did not fit a chunk.
+    cut: Bytes,
+    digest: StreamDigest,
+    since_checkpoint: u64,
+    interval: u64,
+}
+
+impl Output {
+    pub(super) fn new() -> Self {
+        Self {
+            bytes: Vec::with_capacity(ROOM),
+            hashed: 0,
+            cut: Bytes::new(),
+            digest: StreamDigest::default(),
+            since_checkpoint: 0,
+            interval: CHECKPOINT_INTERVAL,
+        }
+    }
+
+    /// Sets how many bytes lie between two checkpoints.
+    pub(super) fn checkpoint_every(&mut self, bytes: u64) {
+        self.interval = bytes;
+    }
+
+    /// Appends a record. After an error nothing more may be asked for.
+    pub(super) fn put(&mut self, record: &Record<'_>) -> Result<()> {
+        if record.place().is_some() && self.digest.has_data() {
+            self.hash();
+            self.digest.end_data();
+        }
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; FRAME_HEAD]);
+        self.bytes = postcard::to_extend(record, std::mem::take(&mut self.bytes))
+            .map_err(|error| Error::new("write delta", "record", ErrorKind::Corrupt(error.to_string())))?;
+        let length = self.bytes.len() - start - FRAME_HEAD;
+        if length > FRAME_LIMIT {
+            let why = "the extended attributes are larger than 8 MiB".to_owned();
+            return Err(Error::new("write delta", "record", ErrorKind::Unsupported(why)));
+        }
+        self.bytes[start..start + FRAME_HEAD].copy_from_slice(&(length as u32).to_le_bytes());
+        if let Record::Data { bytes, .. } = record {
+            let head = self.bytes.len() - bytes.0.len();
+            self.digest.frames(&self.bytes[self.hashed..head]);
+            self.digest.data(bytes.0);
+            self.hashed = self.bytes.len();
+        }
+        if record.is_digest() {
+            self.hashed = self.bytes.len();
+        } else {
+            self.since_checkpoint += (FRAME_HEAD + length) as u64;
+        }
+        Ok(())
+    }
+
+    /// Tells whether a chunk can be taken before the end.
+    pub(super) fn has_chunk(&self) -> bool {
+        !self.cut.is_empty() || self.bytes.len() >= CHUNK
+    }
+
+    /// Hands out what there is, if there is any: a chunk.
+    pub(super) fn take_chunk(&mut self) -> Option<Bytes> {
+        if self.cut.is_empty() {
+            self.hash();
+            self.hashed = 0;
+            self.cut = std::mem::replace(&mut self.bytes, Vec::with_capacity(ROOM)).into();
+        }
+        let length = self.cut.len().min(CHUNK_LIMIT);
+        (length > 0).then(|| self.cut.split_to(length))
+    }
+
+    /// Throws away what was written, and returns how much it was.
+    pub(super) fn forget(&mut self) -> usize {
+        let length = self.bytes.len();
+        self.bytes.clear();
+        self.hashed = 0;
+        length
+    }
+
+    pub(super) fn checkpoint_if_due(&mut self) -> Result<()> {
+        if self.since_checkpoint < self.interval {
+            return Ok(());
+        }
+        self.hash();
+        self.since_checkpoint = 0;
+        let digest = self.digest.take();
+        self.put(&Record::Checkpoint { digest })
+    }
+
+    pub(super) fn end(&mut self, Summary { entries, logical_bytes }: Summary) -> Result<()> {
+        self.hash();
+        let digest = self.digest.end(entries, logical_bytes);
+        self.put(&Record::End { entries, logical_bytes, digest })
+    }
+
+    fn hash(&mut self) {
+        self.digest.frames(&self.bytes[self.hashed..]);
+        self.hashed = self.bytes.len();
+    }
+}
