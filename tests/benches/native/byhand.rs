@@ -4,12 +4,15 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use flocker_tests::{
-    Options, Scratch, ZfsHost,
+    Options, SHORT, Scratch, ZfsHost,
+    needs::program,
+    node::free_address,
     scratch::{FileSystem, run},
+    wait_until,
 };
 
 use crate::{ssh::Ssh, timed};
@@ -17,12 +20,21 @@ use crate::{ssh::Ssh, timed};
 /// How large the file systems in files are, in MiB.
 const DISK_MEBIBYTES: u64 = 12 * 1024;
 
+/// The `zfs` that syncoid finds: zfs-fuse knows no `get -t`, and what syncoid does then (2.1.0) fails where the other side is remote.
+const SHIM: &str = r#"#!/bin/sh
+if [ "$1 $2 $3 $4 $5" = "get -Hpd 1 -t snapshot" ]; then
+    REAL get -Hpd 1 "$6" "$7" | grep @
+else
+    exec REAL "$@"
+fi
+"#;
+
 /// A volume kept by hand on the sender's pool, and the place it is sent to on the receiver's.
 pub(crate) enum ByHand {
     /// A subvolume `head`, snapshots beside it; `received` on the other disk.
     Btrfs { sender: PathBuf, receiver: PathBuf },
     /// A dataset beside the node's, on each host.
-    Zfs { sender: Arc<ZfsHost>, receiver: Arc<ZfsHost>, head: PathBuf },
+    Zfs { sender: Arc<ZfsHost>, receiver: Arc<ZfsHost>, head: PathBuf, shim: PathBuf },
 }
 
 impl ByHand {
@@ -47,7 +59,11 @@ impl ByHand {
         let mountpoint = format!("mountpoint={}", place.display());
         sender.zfs(&["create", "-o", "atime=off", "-o", &mountpoint, &dataset(&sender)]);
         let head = sender.seen(&place);
-        (Self::Zfs { sender, receiver, head }, options)
+        let shim = scratch.folder("shim");
+        let real = program("zfs").expect("zfs is here");
+        std::fs::write(shim.join("zfs"), SHIM.replace("REAL", &real.display().to_string())).expect("write a script");
+        run(Command::new("chmod").arg("755").arg(shim.join("zfs")));
+        (Self::Zfs { sender, receiver, head, shim }, options)
     }
 
     /// What the table calls it.
@@ -111,19 +127,67 @@ impl ByHand {
         }
     }
 
-    /// Takes away what was sent.
-    pub(crate) fn forget(&self) {
+    /// Tells whether syncoid is one of the contenders: it is there, and so is Perl.
+    pub(crate) fn has_syncoid(&self) -> bool {
+        matches!(self, Self::Zfs { sender, .. } if sender.is_fuse()) && program("syncoid").is_some()
+    }
+
+    /// Has syncoid bring the other side to the newest snapshot, as it comes (it compresses by lzop). `None` where it cannot.
+    pub(crate) fn syncoid(&self, ssh: &Ssh) -> Option<Duration> {
+        let Self::Zfs { sender, receiver, shim, .. } = self else { return None };
+        let program = program("syncoid").filter(|_| self.has_syncoid())?;
+        let (options, host) = ssh.syncoid_options();
+        let started = Instant::now();
+        run(sender
+            .command(Path::new("env"))
+            .arg(format!("PATH={}", path_with(shim)))
+            .arg(&program)
+            .args(["--no-sync-snap", "--no-resume", "--quiet"])
+            .args(options)
+            .arg(dataset(sender))
+            .arg(format!("{host}:{}", dataset(receiver))));
+        let took = started.elapsed();
+        let listed = receiver.zfs(&["list", "-H", "-o", "name", "-t", "snapshot", "-r", &dataset(receiver)]);
+        let newest =
+            |listed: &str| listed.lines().last().and_then(|line| line.split_once('@')).map(|it| it.1.to_owned());
+        let wanted = sender.zfs(&["list", "-H", "-o", "name", "-t", "snapshot", "-r", &dataset(sender)]);
+        assert_eq!(newest(&listed), newest(&wanted), "syncoid ended well and sent nothing");
+        Some(took)
+    }
+
+    /// Starts an ssh server that finds the receiver's programs.
+    pub(crate) fn start_ssh(&self, scratch: &Scratch) -> Ssh {
+        match self {
+            Self::Zfs { receiver, shim, .. } if receiver.is_fuse() => {
+                let path = format!("SetEnv=PATH={}", path_with(shim));
+                Ssh::start_at(scratch, free_address(), |program| {
+                    let mut server = receiver.command(program);
+                    server.args(["-o", &path]);
+                    server
+                })
+            }
+            _ => Ssh::start(scratch),
+        }
+    }
+
+    /// Takes away what was sent: these snapshots, in this order.
+    pub(crate) fn forget(&self, names: &[&str]) {
         match self {
             Self::Btrfs { receiver, .. } => {
                 let received = receiver.join("received");
-                for name in ["base", "new"] {
+                for name in names {
                     run(Command::new("btrfs").args(["-q", "subvolume", "delete"]).arg(received.join(name)));
                 }
                 run(Command::new("btrfs").args(["-q", "subvolume", "sync"]).arg(receiver));
             }
             Self::Zfs { receiver, .. } => {
-                for name in ["@new", "@base", ""] {
-                    receiver.zfs(&["destroy", &format!("{}{name}", dataset(receiver))]);
+                let received = dataset(receiver);
+                for name in names.iter().map(|name| format!("{received}@{name}")).chain([received.clone()]) {
+                    // zfs-fuse is busy with it for a moment after the receive.
+                    wait_until("what was sent is destroyed", SHORT, || {
+                        let output = receiver.command(Path::new("zfs")).args(["destroy", &name]).output().ok()?;
+                        output.status.success().then_some(())
+                    });
                 }
             }
         }
@@ -138,6 +202,11 @@ impl Drop for ByHand {
             let _ = std::fs::remove_dir(head);
         }
     }
+}
+
+/// Returns the search path with a folder before all others.
+fn path_with(first: &Path) -> String {
+    format!("{}:{}", first.display(), std::env::var("PATH").expect("a search path"))
 }
 
 /// The dataset beside the node's own.

@@ -83,8 +83,8 @@ fn main() {
 
 fn measure(case: &str, settings: &Settings) {
     let scratch = Scratch::new();
-    let ssh = Ssh::start(&scratch);
     let (by_hand, options) = ByHand::prepare(case, &scratch);
+    let ssh = by_hand.start_ssh(&scratch);
     let mut cluster = Cluster::with(scratch, options);
     let (a, b) = cluster.pair();
     for node in [&mut *a, &mut *b] {
@@ -110,6 +110,17 @@ fn deltas(settings: &Settings, ssh: &Ssh, by_hand: &ByHand, a: &Node, b: &Node) 
     by_hand.copy_head(&mount);
     a.cli(&["snapshot", "data@base"]).ok();
     by_hand.snapshot("base");
+    let mut first = <[Vec<f64>; 3]>::default();
+    let copy = |run| format!("data-{run}");
+    for run in 0..settings.runs {
+        first[0].push(push(a, "data@base", &copy(run)).0);
+        first[1].push(by_hand.send(ssh, None, "base").as_secs_f64());
+        by_hand.forget(&["base"]);
+        if let Some(took) = by_hand.syncoid(ssh) {
+            first[2].push(took.as_secs_f64());
+            by_hand.forget(&["base"]);
+        }
+    }
     let blocks = (bytes / 100 / 4096 / FILES).max(1) as u32;
     for number in 0..FILES {
         let table = format!("table-{number}");
@@ -118,16 +129,18 @@ fn deltas(settings: &Settings, ssh: &Ssh, by_hand: &ByHand, a: &Node, b: &Node) 
     }
     a.cli(&["snapshot", "data@new"]).ok();
     by_hand.snapshot("new");
-
-    let (mut first, mut delta) = (<[Vec<f64>; 2]>::default(), <[Vec<f64>; 2]>::default());
+    let mut delta = <[Vec<f64>; 3]>::default();
     for run in 0..settings.runs {
-        let name = format!("data-{run}");
-        first[0].push(push(a, "data@base", &name).0);
-        first[1].push(by_hand.send(ssh, None, "base").as_secs_f64());
-        delta[0].push(push(a, "data@new", &name).0);
+        delta[0].push(push(a, "data@new", &copy(run)).0);
+        b.cli(&["destroy", &copy(run)]).ok();
+        by_hand.send(ssh, None, "base");
         delta[1].push(by_hand.send(ssh, Some("base"), "new").as_secs_f64());
-        b.cli(&["destroy", &name]).ok();
-        by_hand.forget();
+        by_hand.forget(&["new", "base"]);
+        if by_hand.has_syncoid() {
+            by_hand.send(ssh, None, "base");
+            delta[2].extend(by_hand.syncoid(ssh).map(|took| took.as_secs_f64()));
+            by_hand.forget(&["new", "base"]);
+        }
     }
     show(&format!("first push of {} MiB", bytes / MEBIBYTE), &mut first);
     show("1 % of it changed", &mut delta);
@@ -204,19 +217,17 @@ fn started_programs(node: &Node) -> usize {
     node.log_text().matches("starts a program").count()
 }
 
-fn show(what: &str, times: &mut [Vec<f64>; 2]) {
+fn show(what: &str, times: &mut [Vec<f64>; 3]) {
     let spread = |times: &[f64]| {
         let (low, high) = times.iter().fold((f64::INFINITY, 0.0_f64), |(low, high), t| (low.min(*t), high.max(*t)));
         format!("{low:.2}–{high:.2}")
     };
-    let spreads = [spread(&times[0]), spread(&times[1])];
-    let [flocker, by_hand] = times.each_mut().map(|times| median(times));
-    println!(
-        "  {what:<28} flocker {flocker:.2} ({}), by hand {by_hand:.2} ({}): by hand takes {:.2} times as long",
-        spreads[0],
-        spreads[1],
-        by_hand / flocker
-    );
+    let flocker = median(&mut times[0]);
+    println!("  {what}: flocker {flocker:.2} ({})", spread(&times[0]));
+    for (name, times) in ["by hand", "syncoid"].iter().zip(&mut times[1..]).filter(|(_, times)| !times.is_empty()) {
+        let (spread, median) = (spread(times), median(times));
+        println!("    {name} {median:.2} ({spread}): {:.2} times as long", median / flocker);
+    }
 }
 
 fn median(times: &mut [f64]) -> f64 {

@@ -3,16 +3,20 @@
 use std::{
     fs,
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
 use flocker_tests::{SHORT, Scratch, needs::program, node::free_address, scratch::run, wait_until};
 
+/// So that nobody is asked, and nothing is kept.
+const OPTIONS: [&str; 3] = ["BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"];
+
 /// A running server. Killed when dropped.
 pub(crate) struct Ssh {
     server: Child,
-    options: String,
+    address: SocketAddr,
+    key: PathBuf,
 }
 
 impl Ssh {
@@ -45,15 +49,8 @@ impl Ssh {
             .stderr(fs::File::create(&log).unwrap())
             .spawn()
             .unwrap();
-        let options = format!(
-            "ssh -q -p {} -i {}/key -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-             -o HostName={}",
-            address.port(),
-            folder.display(),
-            address.ip()
-        );
         wait_until("sshd listens", SHORT, || fs::read_to_string(&log).unwrap().contains("listening").then_some(()));
-        Self { server, options }
+        Self { server, address, key: folder.join("key") }
     }
 
     /// Returns the server's process.
@@ -62,9 +59,20 @@ impl Ssh {
         self.server.id()
     }
 
+    /// Returns the options of syncoid that reach it, and the host's name for it.
+    #[allow(dead_code, reason = "only one benchmark has syncoid")]
+    pub(crate) fn syncoid_options(&self) -> (Vec<String>, String) {
+        let (port, key) = (self.address.port(), self.key.display());
+        let mut options = vec![format!("--sshport={port}"), format!("--sshkey={key}")];
+        options.extend(OPTIONS.iter().chain(&["LogLevel=ERROR"]).map(|option| format!("--sshoption={option}")));
+        (options, format!("root@{}", self.address.ip()))
+    }
+
     /// Returns the words that start the client.
     pub(crate) fn command_line(&self, host: &str) -> String {
-        format!("{} {host}", self.options).trim_end().to_owned()
+        let (port, address, key) = (self.address.port(), self.address.ip(), self.key.display());
+        let options = OPTIONS.map(|option| format!("-o {option}")).join(" ");
+        format!("ssh -q -p {port} -i {key} {options} -o HostName={address} {host}").trim_end().to_owned()
     }
 }
 
