@@ -9,6 +9,7 @@ mod catalog;
 pub mod config;
 pub mod daemon;
 mod diff;
+mod estimate;
 mod events;
 mod export;
 mod handoff;

@@ -31,13 +31,14 @@ use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
     model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSource, Gate, NO_PROGRESS, Outgoing, OutgoingLimits};
+use flocker_transport::{BoxError, BulkError, ChunkSource, Expected, Gate, NO_PROGRESS, Outgoing, OutgoingLimits};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
+    estimate::{Expectations, estimate},
     lanes,
     line::{Line, integrity, noted},
     metrics,
@@ -51,11 +52,6 @@ use crate::{
 pub(crate) const COMMIT_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 /// How long a cut stream waits for its receiver to come back before its frames are let go.
 pub(crate) const PARK_TIME: Duration = Duration::from_secs(120);
-
-/// How long a push runs until it is asked how much there is to send: most are over by then.
-const ESTIMATE_AFTER: Duration = Duration::from_secs(1);
-/// The most snapshots whose deltas are estimated; of more, their number says enough.
-const ESTIMATED_STEPS: usize = 64;
 
 /// What a sender is asked to do.
 pub(crate) struct Sending {
@@ -228,18 +224,20 @@ pub(crate) async fn send(
         }
         // Where this node tells the user itself, and the receiver has nothing to resolve, the last step's end is the exchange's.
         let ends_with_a_step = job.is_some() && !resolving;
+        let expectations = Expectations::default();
         let sending_all = async {
             for (number, step) in (0_u32..).zip(&steps) {
                 let after = match ends_with_a_step && number as usize + 1 == steps.len() {
                     true => After::Nothing,
                     false => After::More,
                 };
-                send_step(node, line, sending, job, number, step, after, &lineage, &answer).await?;
+                let of_step = (number, step, after, &expectations);
+                send_step(node, line, sending, job, of_step, &lineage, &answer).await?;
                 node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
             }
             Ok::<_, Failure>(())
         };
-        beside(sending_all, estimate(node, job, sending.compare, &steps)).await?;
+        beside(sending_all, estimate(node, job, sending.compare, &steps, &expectations)).await?;
         if ends_with_a_step {
             return Ok(outcome.into());
         }
@@ -316,42 +314,13 @@ async fn beside<T>(work: impl Future<Output = T>, beside: impl Future<Output = (
     }
 }
 
-/// Tells the user how much there is to send, where sending takes long enough to ask for it.
-async fn estimate(node: &Node, job: Option<&Arc<Job>>, compare: Compare, steps: &[Step]) {
-    // What is drawn for a simulation would depend on whether a push runs long enough to be watched.
-    let is_watched = !node.is_simulated && steps.len() <= ESTIMATED_STEPS;
-    let Some(job) = job.filter(|job| is_watched && job.is_unestimated()) else { return };
-    let mut bytes = job.resource().progress.delta_bytes;
-    tokio::time::sleep(ESTIMATE_AFTER).await;
-    for step in steps {
-        let Some(base) = step.base.map(|base| base.on_sender) else {
-            bytes += step.snapshot.logical_bytes;
-            continue;
-        };
-        let (target, format) = (step.snapshot.key(), step.format.clone());
-        let request = DeltaRequest { base: Some(base), target, format, compare, resume: None };
-        match node.driver.estimate_delta(request).await {
-            Ok(Some(estimate)) => bytes += estimate,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::debug!(transfer = %job.id, error = %problem::chain(&error), "no estimate of what is to be sent");
-                return;
-            }
-        }
-    }
-    job.expects(bytes);
-}
-
 /// Sends one snapshot and waits until the receiver holds it.
-#[allow(clippy::too_many_arguments)]
 async fn send_step(
     node: &Arc<Node>,
     line: &mut Line<'_>,
     sending: &Sending,
     job: Option<&Arc<Job>>,
-    number: u32,
-    step: &Step,
-    after: After,
+    (number, step, after, expectations): (u32, &Step, After, &Expectations),
     lineage: &Lineage,
     answer: &Answer,
 ) -> Result<(), Failure> {
@@ -385,6 +354,7 @@ async fn send_step(
         StepStart::Point(point) => stream.open(node, sending.compare, Some(point)).await?,
     };
     noted("delta");
+    expectations.begin(number as usize, &stream.expected);
     let link = line.connection.open_bulk(u64::from(number)).await.map_err(|error| line.failed(error))?;
     let meter = node.metrics.meter(metrics::Way::Sent, &line.peer, &stream.outgoing.progress());
     let report = |progress: flocker_transport::Progress| {
@@ -487,19 +457,23 @@ pub(crate) struct Stream {
     format: DeltaFormat,
     gates: Vec<Arc<Gate>>,
     outgoing: Outgoing,
+    /// What the receiver is told of the length.
+    expected: Expected,
     source: Option<DeltaSource>,
     parked: Instant,
 }
 
 impl Stream {
     fn new(step: &Step, gates: Vec<Arc<Gate>>) -> Self {
+        let expected = Expected::default();
         Self {
             id: Uuid::new_v4(),
             target: step.snapshot.key(),
             base: step.base.map(|base| base.on_sender),
             format: step.format.clone(),
-            outgoing: outgoing(&gates, &step.format),
+            outgoing: outgoing(&gates, &step.format, &expected),
             gates,
+            expected,
             source: None,
             parked: Instant::now(),
         }
@@ -521,15 +495,15 @@ impl Stream {
         let request =
             DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
         let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
-        self.outgoing = outgoing(&self.gates, &self.format);
+        self.outgoing = outgoing(&self.gates, &self.format, &self.expected);
         self.source = Some(DeltaSource(reader));
         Ok(0)
     }
 }
 
-fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat) -> Outgoing {
-    let (gates, integrity) = (gates.to_vec(), integrity(format));
-    Outgoing::new(OutgoingLimits { gates, integrity, ..OutgoingLimits::default() })
+fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat, expected: &Expected) -> Outgoing {
+    let (gates, integrity, expected) = (gates.to_vec(), integrity(format), expected.clone());
+    Outgoing::new(OutgoingLimits { gates, integrity, expected, ..OutgoingLimits::default() })
 }
 
 struct DeltaSource(Box<dyn DeltaReader>);

@@ -256,7 +256,7 @@ impl Job {
 
     /// Notes how many bytes of this step the receiver has consumed since this stream began.
     pub(crate) fn moved(&self, now_moved: &flocker_transport::Progress) {
-        let flocker_transport::Progress { raw_bytes: delta_bytes, wire_bytes, slowest } = *now_moved;
+        let flocker_transport::Progress { raw_bytes: delta_bytes, wire_bytes, slowest, expected_bytes } = *now_moved;
         let mut status = self.status();
         let now = Instant::now();
         let (earlier_delta, earlier_wire) = status.earlier;
@@ -276,6 +276,9 @@ impl Job {
         status.resource.progress.wire_bytes = earlier_wire + wire_bytes;
         status.resource.progress.rate_bytes_per_second = rate;
         status.resource.progress.limited_by = slowest;
+        if let Some(expected) = expected_bytes {
+            status.resource.progress.expected_bytes = Some(earlier_delta.saturating_add(expected));
+        }
         status.note_time();
         if now.duration_since(status.told) >= TELL_INTERVAL {
             self.tell(&mut status);

@@ -22,8 +22,8 @@ mod socket;
 mod tls;
 
 pub use bulk::{
-    BoxError, BulkError, BulkStream, ChunkSink, ChunkSource, Gate, Incoming, IncomingLimits, Integrity, LANES_LIMIT,
-    Outgoing, OutgoingLimits, Progress, Received, Sent, Stage, StopReason,
+    BoxError, BulkError, BulkStream, ChunkSink, ChunkSource, Expected, Gate, Incoming, IncomingLimits, Integrity,
+    LANES_LIMIT, Outgoing, OutgoingLimits, Progress, Received, Sent, Stage, StopReason,
 };
 pub use close::CloseCode;
 pub use codec::MESSAGE_LIMIT;

@@ -101,20 +101,40 @@ fn how_much_there_is_to_send_shows_while_it_is_sent() {
     write_random(&mount.join("more"), 154, 6 * MEBIBYTE);
     a.cli(&["snapshot", "db@two"]).ok();
 
-    let push = ["push", "db@two", "host-b", "--limit", "2M", "--detach"];
-    let id = text(&a.cli(&push).ok().json()["id"]);
+    expects(a, &["push", "db@two", "host-b"], 6 * MEBIBYTE);
+    assert_equal(&mount, &b.mount("db"));
+}
+
+#[test]
+fn how_much_there_is_to_send_shows_where_it_is_pulled() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = prepare(a, "db", 155, 3);
+    a.push("db@one", "host-b");
+    for (name, seed) in [("two", 156), ("three", 157)] {
+        write_random(&mount.join(name), seed, 4 * MEBIBYTE);
+        a.cli(&["snapshot", &format!("db@{name}")]).ok();
+    }
+
+    // Both steps, and nothing of what is there.
+    expects(b, &["pull", "db@three", "host-a"], 8 * MEBIBYTE);
+    assert_equal(&mount, &b.mount("db"));
+}
+
+/// Runs a transfer, which shows on its way that it has so much to send, and has in the end.
+#[track_caller]
+fn expects(node: &Node, transfer: &[&str], bytes: u64) {
+    let id = text(&node.cli(&[transfer, &["--limit", "2M", "--detach"]].concat()).ok().json()["id"]);
     let expected = wait_until("it shows how much there is to send", LONG, || {
-        let transfer = a.transfer(&id);
+        let transfer = node.transfer(&id);
         assert_eq!(transfer["state"], "running", "it ended before: {transfer}");
         transfer["progress"]["expected_bytes"].as_u64()
     });
-
-    // The file that was there before is not among it.
-    assert!((6 * MEBIBYTE..7 * MEBIBYTE).contains(&expected), "{expected} bytes");
-    let done = a.wait_done(&id, LONG);
+    assert!((bytes..bytes + MEBIBYTE).contains(&expected), "{expected} bytes");
+    let done = node.wait_done(&id, LONG);
     let sent = done["progress"]["delta_bytes"].as_u64().unwrap();
     assert!(sent.abs_diff(expected) < MEBIBYTE / 8, "{sent} bytes of {expected}");
-    assert_equal(&mount, &b.mount("db"));
+    assert_eq!(done["progress"]["expected_bytes"].as_u64(), Some(expected));
 }
 
 /// Returns a sample of the numbers by its name with labels.

@@ -29,7 +29,8 @@ pub(super) enum Kind {
     Zstd,
     /// The payload is an [`End`].
     End,
-    /// No payload and no sequence: the sender lives, its source has nothing at the moment.
+    /// No payload, and in place of a sequence how long the sender expects the delta to be, 0 where it does not know: the sender
+    /// lives.
     Alive,
 }
 
@@ -42,7 +43,9 @@ pub(super) struct Header {
 }
 
 impl Header {
-    pub(super) const ALIVE: Self = Self { kind: Kind::Alive, seq: 0, raw: 0, payload: 0 };
+    pub(super) fn alive(expected_bytes: u64) -> Self {
+        Self { kind: Kind::Alive, seq: expected_bytes, raw: 0, payload: 0 }
+    }
 
     pub(super) fn encode(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
@@ -74,7 +77,7 @@ impl Header {
             Kind::Stored => (1..=FRAME_RAW_LIMIT).contains(&raw_len) && payload_len == raw_len,
             Kind::Zstd => (1..=FRAME_RAW_LIMIT).contains(&raw_len) && (1..raw_len).contains(&payload_len),
             Kind::End => raw_len == 0 && payload_len == END_LEN,
-            Kind::Alive => (seq, raw, payload) == (0, 0, 0),
+            Kind::Alive => (raw, payload) == (0, 0),
         };
         if !fits {
             return Err(format!("a {kind:?} frame with raw length {raw} and payload length {payload}").into());
@@ -148,8 +151,9 @@ mod tests {
         assert_eq!(zstd.encode(), [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0x34, 0x12, 0, 0]);
         let end = Header { kind: Kind::End, seq: u64::MAX, raw: 0, payload: 40 };
         assert_eq!(end.encode(), [2, 255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 0, 0, 40, 0, 0, 0]);
-        assert_eq!(Header::ALIVE.encode(), [3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        for header in [stored, zstd, end, Header::ALIVE] {
+        assert_eq!(Header::alive(0).encode(), [3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(Header::alive(258).encode(), [3, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        for header in [stored, zstd, end, Header::alive(0), Header::alive(u64::MAX)] {
             assert_eq!(Header::decode(&header.encode()).unwrap(), header);
         }
         let end = End { raw_bytes: 258, digest: [9; 32] };

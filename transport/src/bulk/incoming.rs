@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BoxError, BulkError, BulkStream, ChunkSink, Integrity, Progress, Reader, Received, StopReason,
+    BoxError, BulkError, BulkStream, ChunkSink, Expected, Integrity, Progress, Reader, Received, StopReason,
     compression::decompress,
     frame::{Ack, END_LEN, End, HEADER_LEN, Header, Kind},
     lanes::{Lanes, Next, Numbered},
@@ -59,6 +59,7 @@ pub struct Incoming {
     limits: IncomingLimits,
     next_seq: AtomicU64,
     progress: Progress,
+    expected: Expected,
     /// Absent while a frame is with the sink: a run that was dropped there cannot be taken up.
     hasher: Option<blake3::Hasher>,
     received: Option<Received>,
@@ -76,6 +77,7 @@ impl Incoming {
             limits,
             next_seq: AtomicU64::new(0),
             progress: Progress::default(),
+            expected: Expected::default(),
             hasher: Some(blake3::Hasher::new()),
             received: None,
         }
@@ -126,6 +128,7 @@ impl Incoming {
             integrity: self.limits.integrity,
             next_seq: &self.next_seq,
             progress: &mut self.progress,
+            expected: &self.expected,
             hasher: &mut self.hasher,
             received: &mut self.received,
             consumed: &consumed,
@@ -137,7 +140,7 @@ impl Incoming {
             tokio::select! {
                 biased;
                 () = link_lost.cancelled() => {}
-                () = read_lanes(&mut reader, joining, first, no_progress, begin), if !is_over => {}
+                () = read_lanes(&mut reader, joining, first, (no_progress, &self.expected), begin), if !is_over => {}
             }
         };
         let consume = async {
@@ -228,10 +231,10 @@ async fn read_lanes(
     reader: &mut Reader,
     joining: &mut mpsc::Receiver<BulkStream>,
     first: u64,
-    no_progress: Duration,
+    signs: (Duration, &Expected),
     begin: mpsc::Sender<mpsc::Receiver<Piece>>,
 ) {
-    let mut link = std::pin::pin!(read(reader, first, no_progress, lane(&begin)));
+    let mut link = std::pin::pin!(read(reader, first, signs, lane(&begin)));
     let mut further = FuturesUnordered::new();
     let mut link_ended = false;
     // Gone when no further lane can begin: nobody waits for one then.
@@ -245,7 +248,7 @@ async fn read_lanes(
             joined = joining.recv(), if begin.is_some() => {
                 if let (Some(BulkStream { recv, .. }), Some(to)) = (joined, begin.take()) {
                     let (mut reader, pieces) = (Reader::new(recv), lane(&to));
-                    further.push(async move { read(&mut reader, first, no_progress, pieces).await });
+                    further.push(async move { read(&mut reader, first, signs, pieces).await });
                     lanes += 1;
                     begin = (lanes < LANES_LIMIT).then_some(to);
                 }
@@ -263,9 +266,9 @@ fn lane(begin: &mpsc::Sender<mpsc::Receiver<Piece>>) -> mpsc::Sender<Piece> {
 }
 
 /// Reads frames until the end, an error, or nobody wants them.
-async fn read(reader: &mut Reader, mut lowest: u64, no_progress: Duration, pieces: mpsc::Sender<Piece>) {
+async fn read(reader: &mut Reader, mut lowest: u64, signs: (Duration, &Expected), pieces: mpsc::Sender<Piece>) {
     loop {
-        let piece = match read_frame(reader, lowest, no_progress).await {
+        let piece = match read_frame(reader, lowest, signs).await {
             Ok(None) => continue,
             Ok(Some(piece)) => piece,
             Err(piece) => piece,
@@ -278,12 +281,17 @@ async fn read(reader: &mut Reader, mut lowest: u64, no_progress: Duration, piece
     }
 }
 
-async fn read_frame(reader: &mut Reader, lowest: u64, no_progress: Duration) -> Result<Option<Piece>, Piece> {
+async fn read_frame(
+    reader: &mut Reader,
+    lowest: u64,
+    (no_progress, expected): (Duration, &Expected),
+) -> Result<Option<Piece>, Piece> {
     let head = reader.take(HEADER_LEN, no_progress).await.map_err(Piece::Lost)?;
     let corrupt = |error: BoxError| Piece::Corrupt(error.to_string());
     let head: &[u8; HEADER_LEN] = head.as_ref().try_into().map_err(|_| Piece::Corrupt("a short head".to_owned()))?;
     let header = Header::decode(head).map_err(corrupt)?;
     if header.kind == Kind::Alive {
+        expected.set(header.seq);
         return Ok(None);
     }
     if header.seq < lowest || header.seq == u64::MAX {
@@ -306,6 +314,7 @@ struct Consumer<'a> {
     integrity: Integrity,
     next_seq: &'a AtomicU64,
     progress: &'a mut Progress,
+    expected: &'a Expected,
     hasher: &'a mut Option<blake3::Hasher>,
     received: &'a mut Option<Received>,
     consumed: &'a Notify,
@@ -351,6 +360,7 @@ impl Consumer<'_> {
             self.progress.raw_bytes += raw_len;
             self.progress.wire_bytes += wire;
             self.progress.slowest = self.waits.slowest();
+            self.progress.expected_bytes = self.expected.get();
             self.advance();
             progress(*self.progress);
         }

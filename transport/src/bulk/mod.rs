@@ -27,7 +27,13 @@ mod rate;
 mod stage;
 mod threads;
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -82,6 +88,29 @@ pub struct Progress {
     pub wire_bytes: u64,
     /// The stage that the others waited for most in the last half second of waiting; none as long as there was none.
     pub slowest: Option<Stage>,
+    /// What the sender told the receiver to expect ([`Expected`]); none as long as it has not, and at the sender.
+    pub expected_bytes: Option<u64>,
+}
+
+/// How long a delta and those behind it are expected to be, as the sender learns it; clones are the same. The receiver is told.
+#[derive(Debug, Clone, Default)]
+pub struct Expected(Arc<AtomicU64>);
+
+impl Expected {
+    /// Says it, in raw bytes from the delta's beginning on.
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Returns it; `None` while nobody knows.
+    pub fn get(&self) -> Option<u64> {
+        Some(self.number()).filter(|bytes| *bytes > 0)
+    }
+
+    /// The same as a frame has it: 0 while nobody knows.
+    fn number(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// A delta that was sent, consumed and acknowledged to its end.

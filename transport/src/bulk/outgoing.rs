@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BoxError, BulkError, BulkStream, ChunkSource, Integrity, Progress, Reader, Sent,
+    BoxError, BulkError, BulkStream, ChunkSource, Expected, Integrity, Progress, Reader, Sent,
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
     nobody,
@@ -55,12 +55,15 @@ pub struct OutgoingLimits {
     pub gates: Vec<Arc<Gate>>,
     /// Who checks the bytes.
     pub integrity: Integrity,
+    /// What the receiver is told of the length.
+    pub expected: Expected,
 }
 
 impl Default for OutgoingLimits {
     fn default() -> Self {
         let (no_progress, integrity) = (NO_PROGRESS, Integrity::default());
-        Self { window: 8 * 1024 * 1024, no_progress, gates: Vec::new(), integrity }
+        let expected = Expected::default();
+        Self { window: 8 * 1024 * 1024, no_progress, gates: Vec::new(), integrity, expected }
     }
 }
 
@@ -515,7 +518,13 @@ impl Run<'_> {
 
     /// Writes frames that no other lane has, in order, and signs of life between them; ends with the lane only.
     async fn write(&self, send: &mut quinn::SendStream) -> Result<(), LinkError> {
+        let mut told = 0;
         loop {
+            let expected = self.limits.expected.number();
+            if expected != told {
+                self.sent(send.write_all(&Header::alive(expected).encode()).await).await?;
+                told = expected;
+            }
             let frame = self.shared.queue().take();
             let Some(Frame { header, payload }) = frame else {
                 self.wait_for_frame(send).await?;
@@ -570,7 +579,7 @@ impl Run<'_> {
         let ready = tokio::time::timeout(signs, self.shared.ready.notified()).await;
         self.waited_for(stage, began);
         if ready.is_err() {
-            self.sent(send.write_all(&Header::ALIVE.encode()).await).await?;
+            self.sent(send.write_all(&Header::alive(self.limits.expected.number()).encode()).await).await?;
         }
         Ok(())
     }
