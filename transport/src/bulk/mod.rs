@@ -14,7 +14,7 @@
 //!
 //! Several connections can share the work (*lanes*): each carries frames in rising order, the receiver puts them back into one row.
 //!
-//! Neighbours: [`frame`] is the layout, [`lanes`] that row, [`compression`] the choice of the level, [`rate`] what holds a sender back.
+//! Neighbours: [`frame`] is the layout, [`queue`] what a sender keeps, [`lanes`] the receiver's row, [`compression`] the choice of the level, [`rate`] what holds a sender back.
 
 mod compression;
 mod frame;
@@ -23,6 +23,7 @@ mod hostile;
 mod incoming;
 mod lanes;
 mod outgoing;
+mod queue;
 mod rate;
 mod stage;
 mod threads;

@@ -5,7 +5,6 @@
 //! frames. They share the queue of frames that are not acknowledged, which outlives the link.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -21,11 +20,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     BoxError, BulkError, BulkStream, ChunkSource, Expected, Integrity, Progress, Reader, Sent,
-    compression::{Choice, Compressors, Pacer},
-    frame::{ACK_LEN, Ack, END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
+    compression::{Choice, Compressors},
+    frame::{ACK_LEN, Ack, FRAME_RAW, HEADER_LEN, Header, Kind},
     nobody,
+    queue::{Frame, Queue, Slot},
     rate::{self, Gate},
-    stage::{Stage, Waits},
+    stage::Stage,
     threads,
 };
 use crate::{
@@ -201,122 +201,6 @@ struct Shared {
 impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Frames that are not acknowledged, oldest first, and the account of the delta.
-#[derive(Debug)]
-struct Queue {
-    /// The sequence of the first.
-    first: u64,
-    /// The sequence of the first that no lane has taken.
-    next_unwritten: u64,
-    frames: VecDeque<Slot>,
-    /// What they hold in memory.
-    held: usize,
-    /// The End frame is among them, or acknowledged.
-    ended: bool,
-    end: End,
-    acknowledged: Progress,
-    wire_bytes: u64,
-    pacer: Pacer,
-    waits: Waits,
-}
-
-#[derive(Debug)]
-enum Slot {
-    Encoding { raw: usize },
-    Ready(Frame),
-}
-
-#[derive(Debug, Clone)]
-struct Frame {
-    header: Header,
-    payload: Bytes,
-}
-
-impl Queue {
-    fn new() -> Self {
-        Self {
-            first: 0,
-            next_unwritten: 0,
-            frames: VecDeque::new(),
-            held: 0,
-            ended: false,
-            end: End { raw_bytes: 0, digest: [0; 32] },
-            acknowledged: Progress::default(),
-            wire_bytes: 0,
-            pacer: Pacer::new(),
-            waits: Waits::default(),
-        }
-    }
-
-    fn next(&self) -> u64 {
-        self.first + self.frames.len() as u64
-    }
-
-    fn slot(&mut self, seq: u64) -> Option<&mut Slot> {
-        let index = usize::try_from(seq.checked_sub(self.first)?).ok()?;
-        self.frames.get_mut(index)
-    }
-
-    /// Takes the next frame that is to be written, if it is ready.
-    fn take(&mut self) -> Option<Frame> {
-        let frame = match self.slot(self.next_unwritten)? {
-            Slot::Ready(frame) => frame.clone(),
-            Slot::Encoding { .. } => return None,
-        };
-        self.next_unwritten += 1;
-        Some(frame)
-    }
-
-    fn check_resume(&self, seq: u64) -> Result<(), String> {
-        if (self.first..=self.next()).contains(&seq) {
-            return Ok(());
-        }
-        Err(format!("the receiver asks for frame {seq}, and {} to {} are kept", self.first, self.next()))
-    }
-
-    fn push_end(&mut self) {
-        let header = Header { kind: Kind::End, seq: self.next(), raw: 0, payload: END_LEN as u32 };
-        let payload = Bytes::copy_from_slice(&self.end.encode());
-        self.held += payload.len();
-        self.frames.push_back(Slot::Ready(Frame { header, payload }));
-        self.ended = true;
-    }
-
-    /// Puts the finished frame into its slot.
-    fn fill(&mut self, frame: Frame) {
-        let payload = frame.payload.len();
-        let Some(slot) = self.slot(frame.header.seq) else { return };
-        let Slot::Encoding { raw } = *slot else { return };
-        *slot = Slot::Ready(frame);
-        self.held = self.held - raw + payload;
-    }
-
-    /// Lets go of the frames below `next`. Fails when the receiver cannot have had them.
-    fn acknowledge(&mut self, next: u64) -> Result<(), String> {
-        if next > self.next() {
-            return Err(format!("the receiver acknowledges frame {next}, and {} is next", self.next()));
-        }
-        while self.first < next {
-            let Some(Slot::Ready(frame)) = self.frames.pop_front() else {
-                return Err("the receiver acknowledges a frame that was not sent".to_owned());
-            };
-            self.first += 1;
-            self.held -= frame.payload.len();
-            self.acknowledged.raw_bytes += u64::from(frame.header.raw);
-            self.acknowledged.wire_bytes += (HEADER_LEN + frame.payload.len()) as u64;
-        }
-        Ok(())
-    }
-
-    fn has_room(&self, window: usize) -> bool {
-        self.frames.is_empty() || self.held + FRAME_RAW <= window
-    }
-
-    fn is_done(&self) -> bool {
-        self.ended && self.frames.is_empty()
     }
 }
 
