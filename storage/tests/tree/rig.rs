@@ -8,7 +8,7 @@ use std::{
 };
 
 use flocker_storage::{
-    delta::{Compare, ResumePoint},
+    delta::{CHUNK_LIMIT, Compare, ResumePoint},
     error::Result,
     tree::{
         apply::{Applied, Applier, Sharing},
@@ -77,7 +77,7 @@ pub(crate) fn writer(base: Option<&Path>, target: &Path, resume: Option<&ResumeP
 pub(crate) fn drain(mut writer: DeltaWriter) -> Vec<u8> {
     let mut stream = Vec::new();
     while let Some(chunk) = writer.next_chunk().unwrap() {
-        assert!(!chunk.is_empty() && chunk.len() <= 256 * 1024, "a chunk of {} bytes", chunk.len());
+        assert!(!chunk.is_empty() && chunk.len() <= CHUNK_LIMIT, "a chunk of {} bytes", chunk.len());
         stream.extend_from_slice(&chunk);
     }
     stream

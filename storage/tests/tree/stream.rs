@@ -271,6 +271,27 @@ fn many_small_files_share_chunks() {
 }
 
 #[test]
+fn a_chunk_ends_with_a_record() {
+    let folder = Folder::new();
+    let source = folder.make("source");
+    for number in 0..300 {
+        fs::write(source.join(format!("{number}")), noise(3000, number)).unwrap();
+    }
+    fs::write(source.join("large"), noise(1 << 20, 1)).unwrap();
+    let mut writer = writer(None, &source, None).unwrap();
+    let mut chunks = 0;
+    while let Some(chunk) = writer.next_chunk().unwrap() {
+        let mut rest = &chunk[..];
+        while let Some((length, behind)) = rest.split_first_chunk::<4>() {
+            rest = behind.get(u32::from_le_bytes(*length) as usize..).expect("a whole record");
+        }
+        assert!(rest.is_empty(), "{} bytes behind the last record", rest.len());
+        chunks += 1;
+    }
+    assert!((6..=9).contains(&chunks), "{chunks} chunks of 1.9 MB");
+}
+
+#[test]
 fn a_stopped_writer_ends_with_an_error() {
     let folder = Folder::new();
     let source = folder.make("source");

@@ -1,4 +1,4 @@
-//! Pushes the same data by flocker and by `tar | zstd -1 | ssh` over lines that are long, lossy or narrow.
+//! Pushes the same data by flocker, by `tar | zstd -1 | ssh` and by the same over TLS over lines that are long, lossy or narrow.
 //!
 //! `cargo bench -p flocker-tests --bench line`; the settings are in [`Settings`]. Needs root and TUN. The line is
 //! [`flocker_tests::line`], the same for all of them. The contenders take turns (A B, A B, …); medians are compared. Times end when
@@ -8,6 +8,8 @@
 mod contender;
 #[path = "../push/ssh.rs"]
 mod ssh;
+#[path = "../push/tls.rs"]
+mod tls;
 
 use std::{fs, process::Command, thread, time::Duration};
 
@@ -29,7 +31,7 @@ struct Settings {
     runs: usize,
     /// `FLOCKER_BENCH_CASES`: some of [`LINES`], `share` and `tiny`.
     cases: String,
-    /// `FLOCKER_BENCH_CONTENDERS`: `flocker` and `ssh-TCP`, where TCP is a congestion control that the
+    /// `FLOCKER_BENCH_CONTENDERS`: `flocker`, `ssh-TCP` and `tls-TCP`, where TCP is a congestion control that the
     /// kernel allows in a network namespace. Reno is always there; with these losses Cubic's window is Reno's (RFC 9438, section 4.3).
     contenders: String,
 }
@@ -41,7 +43,8 @@ impl Settings {
             mebibytes: text("FLOCKER_BENCH_MIB").and_then(|text| text.parse().ok()).unwrap_or(32),
             runs: text("FLOCKER_BENCH_RUNS").and_then(|text| text.parse().ok()).unwrap_or(3).max(1),
             cases: text("FLOCKER_BENCH_CASES").unwrap_or_else(|| "long,lossy,very-lossy,narrow,share,tiny".to_owned()),
-            contenders: text("FLOCKER_BENCH_CONTENDERS").unwrap_or_else(|| "flocker,ssh-reno,ssh-bbr".to_owned()),
+            contenders: text("FLOCKER_BENCH_CONTENDERS")
+                .unwrap_or_else(|| "flocker,ssh-reno,ssh-bbr,tls-reno,tls-bbr".to_owned()),
         }
     }
 }
@@ -65,7 +68,8 @@ const SEED: u64 = 26;
 fn main() {
     let settings = Settings::read();
     build_release_binary();
-    let missing: Vec<_> = ["tar", "zstd", "ssh", "sshd"].into_iter().filter(|name| program(name).is_none()).collect();
+    let missing: Vec<_> =
+        ["tar", "zstd", "ssh", "sshd", "socat", "openssl"].into_iter().filter(|name| program(name).is_none()).collect();
     if !missing.is_empty() {
         eprintln!("the benchmark compares with programs that are not installed: {}", missing.join(", "));
         return;

@@ -1,6 +1,6 @@
 //! A pipe over TLS 1.3 and TCP, by `socat`, with a certificate made for it.
 
-use std::{path::PathBuf, process::Command, thread};
+use std::{net::SocketAddr, path::PathBuf, process::Command, thread};
 
 use flocker_tests::{Scratch, node::free_address, scratch::run};
 
@@ -34,17 +34,24 @@ impl Tls {
         Self { certificate }
     }
 
-    /// Has one shell pipe write into another over the line, and waits for both.
+    /// Has one shell pipe write into another over loopback, and waits for both.
+    #[allow(dead_code, reason = "the benchmark of lines has it elsewhere")]
     pub(crate) fn carry(&self, from: &str, into: &str) {
-        let address = free_address();
+        self.carry_at(free_address(), ["", ""], from, into);
+    }
+
+    /// The same at an address of the sender; each side's program is started by some words.
+    pub(crate) fn carry_at(&self, address: SocketAddr, by: [&str; 2], from: &str, into: &str) {
         let (port, certificate) = (address.port(), self.certificate.display());
         let bash = |script: String| run(Command::new("bash").args(["-o", "pipefail", "-c", &script]));
+        // The sender listens: what a server says behind the handshake (RFC 8446, 4.6.1) would be unread at a client that only
+        // writes, and a socket that is closed with unread data resets what it has sent.
         let listen = format!("OPENSSL-LISTEN:{port},bind={},reuseaddr,cert={certificate},verify=0", address.ip());
         let call = format!("OPENSSL:{address},verify=0,retry=100,interval=0.02");
         // Pieces as large as those that tar writes to a pipe of the kernel's default size.
         thread::scope(|scope| {
-            scope.spawn(|| bash(format!("socat -u -b 65536 {listen} - | {into}")));
-            bash(format!("{from} | socat -u -b 65536 - {call}"));
+            scope.spawn(|| bash(format!("{from} | {} socat -u -b 65536 - {listen}", by[0])));
+            bash(format!("{} socat -u -b 65536 {call} - | {into}", by[1]));
         });
     }
 }
