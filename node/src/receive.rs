@@ -442,10 +442,15 @@ async fn receive_failed(
     receipt: &Receipt,
     volume: VolumeId,
     begin: &BeginStep,
-    open: Open,
+    mut open: Open,
     error: BulkError,
 ) -> Failure {
     let snapshot = begin.snapshot.id;
+    // Where it is let go of, its place is free for the next attempt then.
+    let error = match (open.receiving.settle().await, error) {
+        (Err(failed), BulkError::Interrupted(_)) => BulkError::Sink(failed.into()),
+        (_, error) => error,
+    };
     match error {
         BulkError::Interrupted(error) => {
             let cancelled = receipt.job.as_ref().is_some_and(|job| job.cancel.is_cancelled())
@@ -496,6 +501,10 @@ struct Sink(Box<dyn Receiving>);
 impl ChunkSink for Sink {
     async fn write(&mut self, chunk: Bytes) -> Result<(), BoxError> {
         self.0.write(chunk).await.map_err(Into::into)
+    }
+
+    async fn flush(&mut self) -> Result<(), BoxError> {
+        self.0.settle().await.map_err(Into::into)
     }
 }
 

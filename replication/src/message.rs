@@ -45,8 +45,8 @@ use crate::{
 ///
 /// 2: what is forgotten behind each offer, [`Answer::forgotten`], [`BeginStep::after`]. 3: [`Rest::older`], [`Message::Want`],
 /// [`Message::Snapshots`], [`Answer::pieces`]. 4: the portable format is not hashed by the pipeline, too;
-/// [`Message::Lane`].
-pub const PROTOCOL: u32 = 4;
+/// [`Message::Lane`]. 5: in the portable format, data of 256 KiB a record, and digests of contents that are stated.
+pub const PROTOCOL: u32 = 5;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
 /// [`MESSAGE_LIMIT`].

@@ -104,10 +104,15 @@ pub struct ReceiveRequest {
 /// A delta being received into a staging place. Nothing of it is visible before `commit`; dropping it discards it.
 #[async_trait]
 pub trait Receiving: Send {
-    /// Takes the next bytes of the stream, cut anywhere. An error leaves the old lineage as it was; the caller drops
-    /// the value.
+    /// Takes the next bytes of the stream, cut anywhere. They may be acted on later; an error of them shows at a later call
+    /// then. An error leaves the old lineage as it was; the caller drops the value.
     async fn write(&mut self, chunk: Bytes) -> Result<()>;
-    /// Takes out what the user should know of what has arrived: an owner that could not be set. Asked for before `commit`.
+    /// Waits until all bytes that were taken are acted on. Not necessary before `commit` and `suspend`, which do so, too.
+    async fn settle(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Takes out what the user should know of what has arrived: an owner that could not be set. Asked for when all is settled,
+    /// before `commit`.
     fn take_findings(&mut self) -> Vec<Finding> {
         Vec::new()
     }

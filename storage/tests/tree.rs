@@ -11,5 +11,7 @@ mod everything;
 mod hostile;
 #[path = "tree/rig.rs"]
 mod rig;
+#[path = "tree/stated.rs"]
+mod stated;
 #[path = "tree/stream.rs"]
 mod stream;

@@ -303,11 +303,16 @@ fn resource(conflict: &Conflict) -> ConflictResource {
 
 /// Has a driver take in what a delta is written as; tells whether that came to its end before `stop`. In any case the trees that
 /// it is written from are closed then: a commit may have to rearrange them.
-pub(crate) async fn feed(
-    mut writer: DeltaWriter,
-    receiving: &mut dyn Receiving,
-    stop: &CancellationToken,
-) -> Result<bool> {
+pub(crate) async fn feed(writer: DeltaWriter, receiving: &mut dyn Receiving, stop: &CancellationToken) -> Result<bool> {
+    let fed = hand_over(writer, receiving, stop).await;
+    // In any case: where it is let go of, its place is free then.
+    let settled = receiving.settle().await;
+    let fed = fed?;
+    settled?;
+    Ok(fed)
+}
+
+async fn hand_over(mut writer: DeltaWriter, receiving: &mut dyn Receiving, stop: &CancellationToken) -> Result<bool> {
     loop {
         let stopped = stop.is_cancelled();
         let next = blocking(move || {

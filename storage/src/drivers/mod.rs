@@ -17,6 +17,8 @@ pub mod directory;
 mod estimate;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
 mod folder;
+#[cfg(any(feature = "btrfs", feature = "directory", feature = "zfs"))]
+mod intake;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]

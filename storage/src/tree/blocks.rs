@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use rustix::io::Errno;
 
 use super::{
-    data::{next_data, read_at},
+    data::{append_from, next_data, read_at},
     extents::{Extents, Shared},
     wire::DATA_LIMIT,
 };
@@ -51,6 +51,8 @@ impl Version {
 pub(super) enum Found {
     /// These bytes of the window differ: offset in the file, range of [`Blocks::window`].
     Data(u64, std::ops::Range<usize>),
+    /// The base has no data there, so what the target has was not read: offset, length.
+    Unread(u64, usize),
     /// The target has a hole where the base has data.
     Hole(u64, u64),
     /// Nothing in what was looked at; ask again.
@@ -95,6 +97,14 @@ impl Blocks {
         &self.window
     }
 
+    /// Appends what was found unread.
+    pub(super) fn read(&self, bytes: &mut Vec<u8>, offset: u64, length: usize) -> Result<(), Errno> {
+        match append_from(self.target.file.as_fd(), bytes, length, offset)? {
+            count if count < length => Err(Errno::STALE),
+            _ => Ok(()),
+        }
+    }
+
     /// Looks at the next piece, of [`DATA_LIMIT`] at most.
     pub(super) fn next(&mut self) -> Result<Found, Errno> {
         if let Some((start, at, base)) = self.rest.take() {
@@ -126,18 +136,21 @@ impl Blocks {
         let grid = (self.offset / DATA_LIMIT as u64 + 1) * DATA_LIMIT as u64;
         let end = grid.min(data_end).min(self.target.size);
         let start = self.offset;
-        self.window.resize((end - start) as usize, 0);
-        if read_at(self.target.file.as_fd(), &mut self.window, start)? < self.window.len() {
+        let length = (end - start) as usize;
+        let Some(base) = self.base.as_mut().filter(|base| start < base.size) else {
+            self.offset = end;
+            return Ok(Found::Unread(start, length));
+        };
+        if base.data(start)?.0 >= end {
+            self.offset = end;
+            return Ok(Found::Unread(start, length));
+        }
+        self.window.resize(length, 0);
+        if read_at(self.target.file.as_fd(), &mut self.window, start)? < length {
             // It is shorter than it was: somebody writes to a snapshot.
             return Err(Errno::STALE);
         }
         self.offset = end;
-        let Some(base) = self.base.as_mut().filter(|base| start < base.size) else {
-            return Ok(Found::Data(start, 0..self.window.len()));
-        };
-        if base.data(start)?.0 >= end {
-            return Ok(Found::Data(start, 0..self.window.len()));
-        }
         let count = ((base.size - start).min(end - start)) as usize;
         self.base_window.resize(count, 0);
         let count = read_at(base.file.as_fd(), &mut self.base_window, start)?;

@@ -268,19 +268,20 @@ impl Builder {
     }
 
     /// Gives a file its owner, attributes, mode and times; its data must be complete. What a fresh file has already is not
-    /// set again: each such call is a transaction of the file system.
+    /// set again: each such call is a transaction of the file system. Returns what the file is then, where that had to be asked.
     pub(super) fn finish_file(
         &mut self,
         file: &OwnedFd,
         name: &[u8],
         metadata: &Metadata,
         origin: Origin,
-    ) -> Result<()> {
+    ) -> Result<Option<Status>> {
         if origin == Origin::Fresh && metadata.xattrs.is_empty() {
+            let set = rustix::fs::futimens(file, &times(metadata.mtime));
+            set.map_err(|error| self.error("set metadata of", name, error))?;
             let is = self.status_of(file, name)?;
             if (is.uid, is.gid, is.mode) == (metadata.uid, metadata.gid, metadata.mode) {
-                let set = rustix::fs::futimens(file, &times(metadata.mtime));
-                return set.map_err(|error| self.error("set metadata of", name, error));
+                return Ok(Some(is));
             }
         }
         let owned = rustix::fs::fchown(file, owner(metadata).0, owner(metadata).1);
@@ -292,7 +293,8 @@ impl Builder {
         }
         let set = rustix::fs::fchmod(file, mode(metadata, keeps_owner))
             .and_then(|()| rustix::fs::futimens(file, &times(metadata.mtime)));
-        set.map_err(|error| self.error("set metadata of", name, error))
+        set.map_err(|error| self.error("set metadata of", name, error))?;
+        Ok(None)
     }
 
     /// Returns what an open file is.
@@ -301,9 +303,12 @@ impl Builder {
         found.map(Status::from).map_err(|error| self.error("read", name, error))
     }
 
-    /// Returns the entry that a file of the directory on top has become.
-    pub(super) fn entry_of(&mut self, file: &OwnedFd, path: TreePath) -> Result<Entry> {
-        let Status { mode, uid, gid, stat, .. } = self.status_of(file, path.name())?;
+    /// Returns the entry that a file of the directory on top has become, of which `is` is known already.
+    pub(super) fn entry_of(&mut self, file: &OwnedFd, path: TreePath, is: Option<Status>) -> Result<Entry> {
+        let Status { mode, uid, gid, stat, .. } = match is {
+            Some(is) => is,
+            None => self.status_of(file, path.name())?,
+        };
         let xattrs = self.reader.read_open(file.as_fd());
         let xattrs = xattrs.map_err(|error| self.error("read extended attributes of", path.name(), error))?;
         let kind = EntryKind::File { size: stat.size };

@@ -51,6 +51,28 @@ pub(super) fn read_at(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> R
     Ok(done)
 }
 
+/// Appends `length` bytes of a file, from `offset` on; fewer where the file ends before. Reads as much more as there is room for, so
+/// that no room is filled with zeroes first, and lets go of it.
+pub(super) fn append_from(
+    file: BorrowedFd<'_>,
+    bytes: &mut Vec<u8>,
+    length: usize,
+    offset: u64,
+) -> Result<usize, Errno> {
+    let start = bytes.len();
+    bytes.reserve(length);
+    while bytes.len() - start < length {
+        let at = offset + (bytes.len() - start) as u64;
+        match rustix::io::pread(file, rustix::buffer::spare_capacity(bytes), at) {
+            Ok(0) => break,
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(start + length);
+    Ok(bytes.len() - start)
+}
+
 /// Writes all of `bytes` at `offset`.
 pub(super) fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> Result<(), Errno> {
     while !bytes.is_empty() {

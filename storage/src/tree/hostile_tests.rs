@@ -94,6 +94,10 @@ fn stream(records: &[Record<'_>]) -> Vec<u8> {
                 digest.data(bytes.0);
             }
             record if record.is_digest() => {}
+            Record::Contents { .. } => {
+                digest.frames(&frame);
+                digest.state();
+            }
             _ => digest.frames(&frame),
         }
         bytes.extend(frame);
@@ -128,6 +132,10 @@ fn file(name: &[u8], size: u64) -> Record<'_> {
 
 fn data(offset: u64, bytes: &[u8]) -> Record<'_> {
     Record::Data { offset, bytes: Raw(bytes) }
+}
+
+fn contents(bytes: &[u8]) -> Record<'static> {
+    Record::Contents { digest: *blake3::hash(bytes).as_bytes() }
 }
 
 fn link<'a>(name: &'a [u8], target: &[u8]) -> Record<'a> {
@@ -222,7 +230,7 @@ fn absurd_sizes_and_offsets_are_refused() {
     Yard::new().refused(&[root(), file(b"f", 9), Record::Hole { offset: 1, length: 0 }], "hole is empty");
     Yard::new().refused(&[root(), file(b"f", 9), data(0, b"")], "data record is empty");
     Yard::new().refused(&[root(), data(0, b"x")], "without a file");
-    Yard::new().refused(&[root(), file(b"f", 1 << 20), data(0, &vec![0; 128 * 1024 + 1])], "128 KiB");
+    Yard::new().refused(&[root(), file(b"f", 1 << 20), data(0, &vec![0; 256 * 1024 + 1])], "256 KiB");
     Yard::new().refused_bytes(&[frame(&START), u32::MAX.to_le_bytes().to_vec()].concat(), "longer than");
     Yard::new().refused_bytes(&[frame(&START), vec![0; 4]].concat(), "empty");
 }
@@ -252,7 +260,7 @@ fn absurd_metadata_is_refused() {
 #[test]
 fn unknown_records_and_versions_are_refused() {
     let mut bytes = frame(&START);
-    bytes.extend([1, 0, 0, 0, 10]);
+    bytes.extend([1, 0, 0, 0, 11]);
     Yard::new().refused_bytes(&bytes, "unknown kind");
     let mut bytes = frame(&START);
     bytes.extend([3, 0, 0, 0, 4, 1, 1, 0]);
@@ -265,7 +273,19 @@ fn unknown_records_and_versions_are_refused() {
 
 #[test]
 fn each_byte_of_files_and_what_is_between_them_counts() {
-    let whole = stream(&[root(), file(b"f", 7), data(0, b"abc"), data(3, b"defg"), file(b"g", 3), data(0, b"abc")]);
+    let [f, g] = [file(b"f", 7), file(b"g", 3)];
+    let whole = stream(&[
+        root(),
+        f,
+        data(0, b"abc"),
+        data(3, b"defg"),
+        g,
+        data(0, b"abc"),
+        file(b"h", 4),
+        contents(b"1234"),
+        data(0, b"12"),
+        data(2, b"34"),
+    ]);
     for place in 0..whole.len() {
         for bit in [1, 0x80] {
             let mut damaged = whole.clone();
@@ -276,6 +296,28 @@ fn each_byte_of_files_and_what_is_between_them_counts() {
     let checkpoint = |digest| Record::Checkpoint { digest };
     let half = [root(), file(b"f", 7), data(0, b"abc"), checkpoint([0; 32])];
     Yard::new().refused(&half, "digest differs");
+}
+
+#[test]
+fn a_stated_digest_is_that_of_all_the_data() {
+    Yard::new().accepted(&[root(), file(b"f", 3), contents(b"abc"), data(0, b"abc"), file(b"g", 1), data(0, b"x")]);
+    Yard::new().accepted(&[root(), file(b"f", 4), contents(b"abcd"), data(0, b"ab"), data(2, b"cd")]);
+    Yard::new().accepted(&[root(), file(b"f", 0), contents(b"")]);
+    let refused = |records: &[Record<'_>], rule| {
+        Yard::new().refused(&[&[root(), file(b"f", 3)], records].concat(), rule);
+    };
+    refused(&[contents(b"abd"), data(0, b"abc")], "damaged at the sender");
+    refused(&[contents(b"abc"), data(0, b"ab")], "gap");
+    refused(&[contents(b"\0bc"), data(1, b"bc")], "gap");
+    refused(&[contents(b"a\0c"), data(0, b"a"), data(2, b"c")], "gap");
+    refused(&[contents(b"ab\0"), data(0, b"ab"), Record::Hole { offset: 2, length: 1 }], "gap");
+    refused(&[contents(b"\0\0\0")], "gap");
+    refused(&[data(0, b"abc"), contents(b"abc")], "builds on other data");
+    refused(&[contents(b"abc"), contents(b"abc"), data(0, b"abc")], "twice");
+    Yard::new().refused(&[root(), contents(b"abc")], "without a file");
+    let existing =
+        Record::File { at: at(1, b"file"), metadata: metadata(), size: 3, basis: Basis::Existing, from: None };
+    Yard::new().refused(&[root(), existing, contents(b"abc"), data(0, b"abc")], "builds on other data");
 }
 
 #[test]

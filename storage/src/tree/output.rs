@@ -1,13 +1,13 @@
 //! The stream as it grows: records become frames, frames become chunks, and a digest is taken of all.
 //!
 //! A chunk ends with a record, so that who takes it in need not put one together from two; only what is longer than a chunk is
-//! cut.
+//! cut. Bytes of files are read to where they are sent from.
 
 use bytes::Bytes;
 
 use super::{
     stream_digest::StreamDigest,
-    wire::{FRAME_HEAD, FRAME_LIMIT, Record},
+    wire::{DATA_LIMIT, FRAME_HEAD, FRAME_LIMIT, Record, data_head},
     write::{CHECKPOINT_INTERVAL, Summary},
 };
 use crate::{
@@ -15,11 +15,15 @@ use crate::{
     error::{Error, ErrorKind, Result},
 };
 
-/// How long a chunk is at least, but for the last: two pieces of a file.
-const CHUNK: usize = 256 * 1024;
+/// How long a chunk is at least, but for the last: a piece of a file.
+const CHUNK: usize = DATA_LIMIT;
 
-/// What a chunk has room for before it grows.
+/// What a chunk of many records has room for before it grows.
 const ROOM: usize = CHUNK + 16 * 1024;
+
+/// Room for what stands in a frame besides the bytes of a piece of a file. A chunk of one piece has little more, since
+/// reading fills all the room there is.
+const DATA_HEAD: usize = 32;
 
 /// Records on their way to be chunks.
 #[derive(Debug)]
@@ -37,7 +41,7 @@ pub(super) struct Output {
 impl Output {
     pub(super) fn new() -> Self {
         Self {
-            bytes: Vec::with_capacity(ROOM),
+            bytes: Vec::new(),
             hashed: 0,
             cut: Bytes::new(),
             digest: StreamDigest::default(),
@@ -57,28 +61,70 @@ impl Output {
             self.hash();
             self.digest.end_data();
         }
-        let start = self.bytes.len();
-        self.bytes.extend_from_slice(&[0; FRAME_HEAD]);
-        self.bytes = postcard::to_extend(record, std::mem::take(&mut self.bytes))
-            .map_err(|error| Error::new("write delta", "record", ErrorKind::Corrupt(error.to_string())))?;
+        let start = self.begin_frame(ROOM);
+        self.write(|bytes| postcard::to_extend(record, bytes))?;
         let length = self.bytes.len() - start - FRAME_HEAD;
         if length > FRAME_LIMIT {
             let why = "the extended attributes are larger than 8 MiB".to_owned();
             return Err(Error::new("write delta", "record", ErrorKind::Unsupported(why)));
         }
-        self.bytes[start..start + FRAME_HEAD].copy_from_slice(&(length as u32).to_le_bytes());
-        if let Record::Data { bytes, .. } = record {
-            let head = self.bytes.len() - bytes.0.len();
-            self.digest.frames(&self.bytes[self.hashed..head]);
-            self.digest.data(bytes.0);
-            self.hashed = self.bytes.len();
-        }
-        if record.is_digest() {
-            self.hashed = self.bytes.len();
-        } else {
-            self.since_checkpoint += (FRAME_HEAD + length) as u64;
+        self.end_frame(start, record.is_digest());
+        match record {
+            Record::Data { bytes, .. } => self.hash_data(bytes.0.len()),
+            Record::Contents { .. } => self.digest.state(),
+            record if record.is_digest() => self.hashed = self.bytes.len(),
+            _ => {}
         }
         Ok(())
+    }
+
+    /// Appends a data record whose `length` bytes `read` appends. After an error nothing more may be asked for.
+    pub(super) fn put_data(
+        &mut self,
+        offset: u64,
+        length: usize,
+        read: impl FnOnce(&mut Vec<u8>) -> Result<()>,
+    ) -> Result<()> {
+        let start = self.begin_frame(DATA_HEAD + length);
+        self.write(|bytes| data_head(offset, length, bytes))?;
+        self.bytes.reserve(length);
+        read(&mut self.bytes)?;
+        self.end_frame(start, false);
+        self.hash_data(length);
+        Ok(())
+    }
+
+    fn begin_frame(&mut self, room: usize) -> usize {
+        if self.bytes.is_empty() {
+            self.bytes = Vec::with_capacity(room);
+        }
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; FRAME_HEAD]);
+        start
+    }
+
+    fn write(&mut self, serialize: impl FnOnce(Vec<u8>) -> postcard::Result<Vec<u8>>) -> Result<()> {
+        self.bytes = serialize(std::mem::take(&mut self.bytes))
+            .map_err(|error| Error::new("write delta", "record", ErrorKind::Corrupt(error.to_string())))?;
+        Ok(())
+    }
+
+    fn end_frame(&mut self, start: usize, is_digest: bool) {
+        let length = self.bytes.len() - start - FRAME_HEAD;
+        self.bytes[start..start + FRAME_HEAD].copy_from_slice(&(length as u32).to_le_bytes());
+        if !is_digest {
+            self.since_checkpoint += (FRAME_HEAD + length) as u64;
+        }
+    }
+
+    /// Takes in what was written, of which the last `length` bytes are a file's.
+    fn hash_data(&mut self, length: usize) {
+        let (frames, data) = self.bytes[self.hashed..].split_at(self.bytes.len() - self.hashed - length);
+        self.digest.frames(frames);
+        if self.digest.counts_data() {
+            self.digest.data(data);
+        }
+        self.hashed = self.bytes.len();
     }
 
     /// Tells whether a chunk can be taken before the end.
@@ -91,7 +137,7 @@ impl Output {
         if self.cut.is_empty() {
             self.hash();
             self.hashed = 0;
-            self.cut = std::mem::replace(&mut self.bytes, Vec::with_capacity(ROOM)).into();
+            self.cut = std::mem::take(&mut self.bytes).into();
         }
         let length = self.cut.len().min(CHUNK_LIMIT);
         (length > 0).then(|| self.cut.split_to(length))

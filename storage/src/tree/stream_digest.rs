@@ -1,4 +1,5 @@
-//! The digest of a stream: BLAKE3 of its frames, in which the data of each file counts by the digest of that data.
+//! The digest of a stream: BLAKE3 of its frames, in which the data of each file counts by the digest of that data; not at all
+//! where the contents' digest is stated in a record before it.
 //!
 //! So the contents of a file are hashed once by whoever makes the stream, and once by whoever takes it in, who needs the digest of
 //! a whole file besides. Both sides call the same in the same order; docs/PROTOCOL.md has the rule.
@@ -12,6 +13,7 @@ pub(super) struct StreamDigest {
     /// The data of the file announced last, from where the stream begins with it.
     contents: Hasher,
     has_contents: bool,
+    is_stated: bool,
 }
 
 impl StreamDigest {
@@ -26,25 +28,39 @@ impl StreamDigest {
         self.has_contents = true;
     }
 
-    /// Tells whether a file has data that was not ended: the frames before its end must be taken in first.
+    /// Leaves the data of the file announced last out: its digest is stated in a frame. Who receives it goes on calling
+    /// [`data`](Self::data), and compares what [`end_data`](Self::end_data) returns.
+    pub(super) fn state(&mut self) {
+        self.is_stated = true;
+    }
+
+    /// Tells whether data of the file announced last is to be taken in by who sends it.
+    pub(super) fn counts_data(&self) -> bool {
+        !self.is_stated
+    }
+
+    /// Tells whether a file was not ended: the frames before its end must be taken in first.
     pub(super) fn has_data(&self) -> bool {
-        self.has_contents
+        self.has_contents || self.is_stated
     }
 
     /// Ends the data of a file, before the frame of another entry, and returns its digest.
     pub(super) fn end_data(&mut self) -> [u8; 32] {
         let digest = *self.contents.finalize().as_bytes();
         if self.has_contents {
-            self.frames.update(&digest);
+            if !self.is_stated {
+                self.frames.update(&digest);
+            }
             self.contents.reset();
             self.has_contents = false;
         }
+        self.is_stated = false;
         digest
     }
 
     /// Returns the digest since the start or the last call. The data of a file goes on being taken in as one.
     pub(super) fn take(&mut self) -> [u8; 32] {
-        if self.has_contents {
+        if self.has_contents && !self.is_stated {
             self.frames.update(self.contents.finalize().as_bytes());
         }
         let digest = *self.frames.finalize().as_bytes();

@@ -268,6 +268,7 @@ impl Weave {
         loop {
             match blocks.next() {
                 Ok(Found::Data(_, range)) => changed += range.len() as u64,
+                Ok(Found::Unread(_, length)) => changed += length as u64,
                 Ok(Found::Hole(_, length)) => changed += length,
                 Ok(Found::Nothing) => {}
                 Ok(Found::End) => break,

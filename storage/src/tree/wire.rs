@@ -24,7 +24,7 @@ pub(super) const FRAME_HEAD: usize = 4;
 pub(super) const MAGIC: [u8; 6] = *b"fltre1";
 
 /// The most data one record carries.
-pub(super) const DATA_LIMIT: usize = 128 * 1024;
+pub(super) const DATA_LIMIT: usize = 256 * 1024;
 
 /// The longest target of a symbolic link (`PATH_MAX` less the NUL).
 const TARGET_LIMIT: usize = 4095;
@@ -145,6 +145,9 @@ pub(super) enum Record<'a> {
     Checkpoint { digest: [u8; 32] },
     /// The last record, and only that. Counts are those of the whole target tree.
     End { entries: u64, logical_bytes: u64, digest: [u8; 32] },
+    /// BLAKE3 of all that the file announced last will hold, which is made of nothing else than the data that follows. Comes before
+    /// it; none of the data counts in the stream's digest then.
+    Contents { digest: [u8; 32] },
 }
 
 /// The kinds of entries without data.
@@ -176,6 +179,12 @@ impl NodeKind {
             Self::BlockDevice { major, minor } => EntryKind::BlockDevice { major, minor },
         }
     }
+}
+
+/// Appends what stands before the bytes of a data record, in its frame.
+pub(super) fn data_head(offset: u64, length: usize, to: Vec<u8>) -> postcard::Result<Vec<u8>> {
+    const DATA: u32 = 3;
+    postcard::to_extend(&(DATA, offset, length as u64), to)
 }
 
 /// A record that breaks a rule.
@@ -229,7 +238,7 @@ impl<'a> Record<'a> {
                 check_metadata(metadata)
             }
             Self::Data { bytes, .. } if bytes.0.is_empty() || bytes.0.len() > DATA_LIMIT => {
-                Err("a data record is empty or longer than 128 KiB")
+                Err("a data record is empty or longer than 256 KiB")
             }
             Self::Hole { length: 0, .. } => Err("a hole is empty"),
             _ => Ok(()),
@@ -312,11 +321,21 @@ mod tests {
             (Record::Remove { at }, "0701016e".to_owned()),
             (Record::Checkpoint { digest: [1; 32] }, format!("08{}", "01".repeat(32))),
             (Record::End { entries: 1, logical_bytes: 2, digest: [0xff; 32] }, format!("090102{}", "ff".repeat(32))),
+            (Record::Contents { digest: [2; 32] }, format!("0a{}", "02".repeat(32))),
         ];
         for (record, bytes) in golden {
             assert_eq!(hex(&record), bytes, "{record:?}");
             let encoded = postcard::to_stdvec(&record).unwrap();
             assert_eq!(Record::decode(&encoded).unwrap(), record);
+        }
+    }
+
+    #[test]
+    fn the_head_of_data_is_that_of_its_record() {
+        for (offset, length) in [(0, 1), (128, 127), (300, 128), (u64::MAX, DATA_LIMIT)] {
+            let bytes = vec![7; length];
+            let record = postcard::to_stdvec(&Record::Data { offset, bytes: Raw(&bytes) }).unwrap();
+            assert_eq!([data_head(offset, length, Vec::new()).unwrap(), bytes].concat(), record);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Writes `flocker-tree/1`: walks base and target side by side and says what turns one into the other.
 //!
 //! Memory: two walks (names of the directories on the way), the metadata of the directories on the way, a window of
-//! 128 KiB of each version of the current file, the output buffer, and one small value per changed inode with several
+//! 256 KiB of each version of the current file, the output buffer, and one small value per changed inode with several
 //! names until all of them were met.
 
 use std::{
@@ -22,7 +22,9 @@ use rustix::{
 
 use super::{
     blocks::{Blocks, Found, Version},
-    entry::{Entry, EntryKind, Metadata},
+    data::next_data,
+    entry::{Entry, EntryKind, Metadata, Stat},
+    inventory::InventoryEntry,
     output::Output,
     path::TreePath,
     root::Root,
@@ -39,6 +41,9 @@ use crate::{
 /// How much stream lies between two checkpoints: a broken transfer sends again what came since the last but one, at most. Each costs
 /// the receiver one syncfs(2), beside its work.
 pub const CHECKPOINT_INTERVAL: u64 = 32 * 1024 * 1024;
+
+/// A file is worth more than one system call from here on, in bytes.
+const LARGE: u64 = 1024 * 1024;
 
 /// One of the two trees.
 #[derive(Debug)]
@@ -106,6 +111,14 @@ impl FileJob {
         let metadata = self.metadata.take()?;
         let (size, basis, from) = (self.size, self.basis, self.from);
         Some(Record::File { at: place(&self.path), metadata, size, basis, from })
+    }
+
+    fn error(&self, error: Errno) -> Error {
+        if error != Errno::STALE {
+            return Error::io("read", &self.path, error);
+        }
+        let what = "it became shorter while it was read".to_owned();
+        Error::new("read", &self.path, ErrorKind::Tampered { path: self.path.as_path().to_owned(), what })
     }
 }
 
@@ -390,6 +403,7 @@ impl DeltaWriter {
         send |= basis == Basis::Fresh;
         let file = Version::new(self.target.walk.open_last()?, size);
         advise(&file);
+        let stated = if basis == Basis::Fresh { self.known_digest(&target, &file)? } else { None };
         let start = if same_contents { size } else { from.unwrap_or(0) };
         let job = FileJob {
             blocks: Blocks::new(file, old, start, std::mem::take(&mut self.buffers)),
@@ -409,9 +423,26 @@ impl DeltaWriter {
             if let Some(record) = job.record() {
                 self.out.put(&record)?;
             }
+            if let Some(digest) = stated {
+                self.out.put(&Record::Contents { digest })?;
+            }
             self.mark_sent(&path, nlink);
         }
         Ok(())
+    }
+
+    /// Returns the digest that the inventory has of a file, if the file is worth it and all of it is data.
+    fn known_digest(&self, target: &Entry, file: &Version) -> Result<Option<[u8; 32]>> {
+        let is_recorded = |record: &&InventoryEntry| {
+            let of = |stat: &Stat| (stat.ino, stat.size, stat.mtime);
+            of(&record.entry.stat) == of(&target.stat)
+        };
+        let recorded = self.target.walk.recorded().filter(|_| file.size >= LARGE).filter(is_recorded);
+        let Some(digest) = recorded.and_then(|record| record.digest) else { return Ok(None) };
+        let data = next_data(file.file.as_fd(), 0, file.size);
+        let is_whole =
+            data.map_err(|error| Error::io("read", &target.path, error))?.is_some_and(|data| data == (0, file.size));
+        Ok(is_whole.then_some(digest))
     }
 
     /// Looks at one piece of the current file.
@@ -422,18 +453,9 @@ impl DeltaWriter {
             self.buffers = job.blocks.into_buffers();
             return Ok(());
         }
-        let found = job.blocks.next().map_err(|error| match error {
-            Errno::STALE => Error::new(
-                "read",
-                &job.path,
-                ErrorKind::Tampered {
-                    path: job.path.as_path().to_owned(),
-                    what: "it became shorter while it was read".to_owned(),
-                },
-            ),
-            error => Error::io("read", &job.path, error),
-        })?;
-        if matches!(found, Found::Data(..) | Found::Hole(..)) && job.metadata.is_some() {
+        let found = job.blocks.next().map_err(|error| job.error(error))?;
+        let is_different = matches!(found, Found::Data(..) | Found::Unread(..) | Found::Hole(..));
+        if is_different && job.metadata.is_some() {
             self.announce()?;
             if let Some(record) = job.record() {
                 self.out.put(&record)?;
@@ -444,6 +466,9 @@ impl DeltaWriter {
             Found::Data(offset, range) => {
                 self.out.put(&Record::Data { offset, bytes: Raw(&job.blocks.window()[range]) })?;
             }
+            Found::Unread(offset, length) => self.out.put_data(offset, length, |bytes| {
+                job.blocks.read(bytes, offset, length).map_err(|error| job.error(error))
+            })?,
             Found::Hole(offset, length) => self.out.put(&Record::Hole { offset, length })?,
             Found::Nothing => {}
             Found::End => {
@@ -526,7 +551,6 @@ fn stale(path: &TreePath, why: &str) -> Error {
 
 /// Tells the kernel that a large file is read from front to back.
 fn advise(version: &Version) {
-    const LARGE: u64 = 1024 * 1024;
     if version.size >= LARGE {
         let _ = rustix::fs::fadvise(version.file.as_fd(), 0, None, rustix::fs::Advice::Sequential);
     }

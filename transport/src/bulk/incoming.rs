@@ -342,6 +342,9 @@ impl Consumer<'_> {
                 Next::Due(Piece::Lost(kind)) => return Err(Ended::Lost(Some(kind))),
                 Next::Due(Piece::Corrupt(what)) => return Err(Ended::Corrupt(what)),
                 Next::Due(Piece::End { end, .. }) => {
+                    let began = Instant::now();
+                    sink.flush().await.map_err(Ended::Sink)?;
+                    self.waits.waited_for(Stage::Receiver, began.elapsed());
                     self.end(end)?;
                     progress(*self.progress);
                     return Ok(());

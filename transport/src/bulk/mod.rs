@@ -68,6 +68,11 @@ pub trait ChunkSink: Send {
     /// Takes the next bytes; they count as consumed, and are never sent again, once it returns. Awaited to its end even when the link
     /// is lost meanwhile.
     async fn write(&mut self, bytes: Bytes) -> Result<(), BoxError>;
+    /// Acts on all that was taken: called once, behind the last bytes, before the sender is told that all was consumed. Does nothing
+    /// unless it is overridden.
+    async fn flush(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
 }
 
 /// Who finds out when bytes arrive that are not those that were sent. Both sides choose the same, by what the bytes are.

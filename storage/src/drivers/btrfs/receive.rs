@@ -39,6 +39,7 @@ use crate::{
     driver::Finding,
     drivers::{
         folder::make_dir,
+        intake::Intake,
         partial::{self, Progress},
     },
     error::{Error, ErrorKind, Result},
@@ -114,7 +115,8 @@ impl Pool {
         };
         fault::point("btrfs.receive.opened");
         let pool = Arc::clone(self);
-        Ok(BtrfsReceiving { work: Some(Work { taker, stage, progress, request, pool, _slot: slot }) })
+        let work = Work { taker, stage, progress, request, pool, _slot: slot };
+        Ok(BtrfsReceiving { intake: Intake::new(OPERATION, work, Work::take) })
     }
 
     /// Makes the receive's place in staging, or finds what an earlier one left there; with the bytes it had taken in.
@@ -306,10 +308,9 @@ impl Stream {
     }
 }
 
-/// An open receive. The work moves into the blocking thread that does it, so that a dropped future leaves it whole there:
-/// it ends by itself and clears its place away.
+/// An open receive. A dropped future leaves the work whole in its thread: it ends by itself and clears its place away.
 pub(super) struct BtrfsReceiving {
-    work: Option<Work>,
+    intake: Intake<Work>,
 }
 
 /// The order of the fields is the order in which they go: first the program, last the volume is free.
@@ -325,37 +326,27 @@ struct Work {
 #[async_trait]
 impl Receiving for BtrfsReceiving {
     async fn write(&mut self, chunk: Bytes) -> Result<()> {
-        let Some(mut work) = self.work.take() else { return Err(failed_before()) };
-        let work = run(OPERATION, move || {
-            work.progress.took(chunk.len());
-            match &mut work.taker {
-                Taker::Tree(applier) => applier.feed(&chunk)?,
-                Taker::Kernel(stream) => {
-                    let object = work.request.snapshot.id;
-                    stream.write(&chunk).map_err(|kind| Error::new(OPERATION, object, kind))?;
-                }
-            }
-            Ok(work)
-        })
-        .await?;
-        self.work = Some(work);
-        Ok(())
+        self.intake.write(chunk).await
+    }
+
+    async fn settle(&mut self) -> Result<()> {
+        self.intake.settle().await
     }
 
     fn take_findings(&mut self) -> Vec<Finding> {
-        match self.work.as_mut().map(|work| &mut work.taker) {
+        match self.intake.work().map(|work| &mut work.taker) {
             Some(Taker::Tree(applier)) => applier.take_findings(),
             _ => Vec::new(),
         }
     }
 
-    async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
-        let Some(work) = self.work.take() else { return Err(failed_before()) };
+    async fn commit(self: Box<Self>) -> Result<HeldSnapshot> {
+        let work = self.intake.into_work().await?;
         run(OPERATION, move || work.commit()).await
     }
 
-    async fn suspend(mut self: Box<Self>) -> Result<Option<ResumePoint>> {
-        let Some(work) = self.work.take() else { return Ok(None) };
+    async fn suspend(self: Box<Self>) -> Result<Option<ResumePoint>> {
+        let work = self.intake.into_work().await?;
         run(OPERATION, move || {
             let Work { taker, stage, progress, .. } = work;
             drop(taker);
@@ -371,11 +362,18 @@ impl Receiving for BtrfsReceiving {
     }
 }
 
-fn failed_before() -> Error {
-    Error::new(OPERATION, "stream", ErrorKind::Corrupt("the receive failed before".to_owned()))
-}
-
 impl Work {
+    fn take(&mut self, chunk: &[u8]) -> Result<()> {
+        self.progress.took(chunk.len());
+        match &mut self.taker {
+            Taker::Tree(applier) => applier.feed(chunk),
+            Taker::Kernel(stream) => {
+                let object = self.request.snapshot.id;
+                stream.write(chunk).map_err(|kind| Error::new(OPERATION, object, kind))
+            }
+        }
+    }
+
     fn commit(self) -> Result<HeldSnapshot> {
         let Self { taker, stage, request, pool, _slot, .. } = self;
         let (volume, object) = (request.volume.id, request.snapshot.id);

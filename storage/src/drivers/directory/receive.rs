@@ -32,6 +32,7 @@ use crate::{
     driver::{Finding, Target},
     drivers::{
         folder::make_dir,
+        intake::Intake,
         partial::{self, Progress},
     },
     error::{Blockers, Error, ErrorKind, Result},
@@ -120,9 +121,8 @@ impl Pool {
         let applier = Applier::new(tree, base, sharing, request.resume.clone(), Some(on_checkpoint))?
             .noting(Arrivals::begin(stage.path(), sight)?);
         fault::point("directory.receive.opened");
-        Ok(DirectoryReceiving {
-            work: Some(Work { applier, written_by, stage, request, progress, pool: Arc::clone(self), _slot: slot }),
-        })
+        let work = Work { applier, written_by, stage, request, progress, pool: Arc::clone(self), _slot: slot };
+        Ok(DirectoryReceiving { intake: Intake::new(OPERATION, work, Work::take) })
     }
 
     fn stage_anew(self: &Arc<Self>, request: &ReceiveRequest) -> Result<Stage> {
@@ -189,10 +189,9 @@ impl Drop for Slot {
     }
 }
 
-/// An open receive. The work moves into the blocking thread that does it, so that a dropped future leaves it whole there:
-/// it ends by itself and clears its place away.
+/// An open receive. A dropped future leaves the work whole in its thread: it ends by itself and clears its place away.
 pub(super) struct DirectoryReceiving {
-    work: Option<Work>,
+    intake: Intake<Work>,
 }
 
 /// The order of the fields is the order in which they go: first the files are closed, last the volume is free.
@@ -210,34 +209,24 @@ struct Work {
 #[async_trait]
 impl Receiving for DirectoryReceiving {
     async fn write(&mut self, chunk: Bytes) -> Result<()> {
-        let Some(mut work) = self.work.take() else {
-            let why = ErrorKind::Corrupt("the receive failed before".to_owned());
-            return Err(Error::new(OPERATION, "stream", why));
-        };
-        let work = run(OPERATION, move || {
-            work.progress.took(chunk.len());
-            work.applier.feed(&chunk)?;
-            Ok(work)
-        })
-        .await?;
-        self.work = Some(work);
-        Ok(())
+        self.intake.write(chunk).await
+    }
+
+    async fn settle(&mut self) -> Result<()> {
+        self.intake.settle().await
     }
 
     fn take_findings(&mut self) -> Vec<Finding> {
-        self.work.as_mut().map(|work| work.applier.take_findings()).unwrap_or_default()
+        self.intake.work().map(|work| work.applier.take_findings()).unwrap_or_default()
     }
 
-    async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
-        let Some(work) = self.work.take() else {
-            let why = ErrorKind::Corrupt("the receive failed before".to_owned());
-            return Err(Error::new(OPERATION, "stream", why));
-        };
+    async fn commit(self: Box<Self>) -> Result<HeldSnapshot> {
+        let work = self.intake.into_work().await?;
         run(OPERATION, move || work.commit()).await
     }
 
-    async fn suspend(mut self: Box<Self>) -> Result<Option<ResumePoint>> {
-        let Some(work) = self.work.take() else { return Ok(None) };
+    async fn suspend(self: Box<Self>) -> Result<Option<ResumePoint>> {
+        let work = self.intake.into_work().await?;
         run(OPERATION, move || {
             let Work { applier, stage, progress, .. } = work;
             // What was begun may still be kept.
@@ -255,6 +244,11 @@ impl Receiving for DirectoryReceiving {
 }
 
 impl Work {
+    fn take(&mut self, chunk: &[u8]) -> Result<()> {
+        self.progress.took(chunk.len());
+        self.applier.feed(chunk)
+    }
+
     fn commit(self) -> Result<HeldSnapshot> {
         let Self { applier, written_by, stage, request, pool, _slot, .. } = self;
         let volume = request.volume.id;

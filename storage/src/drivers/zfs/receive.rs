@@ -31,6 +31,7 @@ use super::{
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
     driver::Finding,
+    drivers::intake::Intake,
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeldSnapshot, VolumeId},
@@ -120,7 +121,7 @@ impl Pool {
             None => Taker::Tree(Box::new(Graft::open(&task)?)),
         };
         fault::point("zfs.receive.opened");
-        Ok(ZfsReceiving { work: Some(Work { taker, task }) })
+        Ok(ZfsReceiving { intake: Intake::new(OPERATION, Work { taker, task }, Work::take) })
     }
 
     /// Clears away what an earlier receive for the volume left, or finds that this one goes on with it: then returns the
@@ -314,10 +315,9 @@ enum Taker {
     Tree(Box<Graft>),
 }
 
-/// An open receive. The work moves into the blocking thread that does it, so that a dropped future leaves it whole there:
-/// it ends by itself and clears its place away.
+/// An open receive. A dropped future leaves the work whole in its thread: it ends by itself and clears its place away.
 pub(super) struct ZfsReceiving {
-    work: Option<Work>,
+    intake: Intake<Work>,
 }
 
 /// The order of the fields is the order in which they go: first the program, last the volume is free.
@@ -326,31 +326,34 @@ struct Work {
     task: Task,
 }
 
+impl Work {
+    fn take(&mut self, chunk: &[u8]) -> Result<()> {
+        match &mut self.taker {
+            Taker::Native(arrival) => arrival.write(&self.task, chunk),
+            Taker::Tree(graft) => graft.write(chunk),
+        }
+    }
+}
+
 #[async_trait]
 impl Receiving for ZfsReceiving {
     async fn write(&mut self, chunk: Bytes) -> Result<()> {
-        let Some(mut work) = self.work.take() else { return Err(failed_before()) };
-        let work = run(OPERATION, move || {
-            match &mut work.taker {
-                Taker::Native(arrival) => arrival.write(&work.task, &chunk)?,
-                Taker::Tree(graft) => graft.write(&chunk)?,
-            }
-            Ok(work)
-        })
-        .await?;
-        self.work = Some(work);
-        Ok(())
+        self.intake.write(chunk).await
+    }
+
+    async fn settle(&mut self) -> Result<()> {
+        self.intake.settle().await
     }
 
     fn take_findings(&mut self) -> Vec<Finding> {
-        match self.work.as_mut().map(|work| &mut work.taker) {
+        match self.intake.work().map(|work| &mut work.taker) {
             Some(Taker::Tree(graft)) => graft.take_findings(),
             _ => Vec::new(),
         }
     }
 
-    async fn commit(mut self: Box<Self>) -> Result<HeldSnapshot> {
-        let Some(Work { taker, task }) = self.work.take() else { return Err(failed_before()) };
+    async fn commit(self: Box<Self>) -> Result<HeldSnapshot> {
+        let Work { taker, task } = self.intake.into_work().await?;
         run(OPERATION, move || {
             let stored = match taker {
                 Taker::Native(arrival) => arrival.commit(&task)?,
@@ -361,16 +364,12 @@ impl Receiving for ZfsReceiving {
         .await
     }
 
-    async fn suspend(mut self: Box<Self>) -> Result<Option<ResumePoint>> {
-        let Some(Work { taker, task }) = self.work.take() else { return Ok(None) };
+    async fn suspend(self: Box<Self>) -> Result<Option<ResumePoint>> {
+        let Work { taker, task } = self.intake.into_work().await?;
         run(OPERATION, move || match taker {
             Taker::Native(arrival) => arrival.suspend(&task),
             Taker::Tree(_) => Ok(None),
         })
         .await
     }
-}
-
-fn failed_before() -> Error {
-    Error::new(OPERATION, "stream", ErrorKind::Corrupt("the receive failed before".to_owned()))
 }

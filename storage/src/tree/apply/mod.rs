@@ -4,7 +4,7 @@
 //! everything is made by one name in a directory that was opened beneath the destination. A broken rule ends the
 //! stream with [`ErrorKind::Corrupt`].
 //!
-//! | state | `Start` | entry record | `Data`, `Hole` | `Checkpoint` | `End` | end of bytes |
+//! | state | `Start` | entry record | `Contents`, `Data`, `Hole` | `Checkpoint` | `End` | end of bytes |
 //! |---|---|---|---|---|---|---|
 //! | start | → entries | corrupt | corrupt | corrupt | corrupt | corrupt |
 //! | entries | corrupt | made | corrupt | verified, made durable | → ended | corrupt |
@@ -13,26 +13,23 @@
 //!
 //! Records after a checkpoint may be taken in a second time, after a break: each has the same result then.
 
-use std::{
-    fmt,
-    os::fd::{AsFd as _, OwnedFd},
-};
+mod file;
 
-use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, StatxFlags},
-    io::Errno,
-};
+use std::{fmt, os::fd::AsFd as _};
 
+use rustix::fs::{AtFlags, FileType, StatxFlags};
+
+use self::file::OpenFile;
 use super::{
     arrivals::Arrivals,
-    builder::{Builder, Origin},
+    builder::Builder,
     checkpoints::{Checkpoints, OnCheckpoint},
-    data::{self, Reflinks},
-    entry::{Metadata, Status},
+    data::Reflinks,
+    entry::Metadata,
     path::TreePath,
-    root::{Root, magic_path, open_entry},
+    root::Root,
     stream_digest::StreamDigest,
-    wire::{Basis, FRAME_HEAD, FRAME_LIMIT, Place, Position, Record, Rule},
+    wire::{FRAME_HEAD, FRAME_LIMIT, Place, Position, Record, Rule},
     write::Summary,
 };
 use crate::{
@@ -101,27 +98,6 @@ enum State {
 struct Level {
     last: Vec<u8>,
     held_back: usize,
-}
-
-/// The file whose data is arriving.
-struct OpenFile {
-    fd: OwnedFd,
-    path: TreePath,
-    metadata: Metadata,
-    origin: Origin,
-    size: u64,
-    /// The end of what was written, which the next piece must not lie before.
-    written: u64,
-    /// The length of the file now.
-    length: u64,
-    /// How much of it, from its beginning on, arrived as data without a gap; `None` where what is before is not of the stream.
-    whole: Option<u64>,
-}
-
-impl OpenFile {
-    fn name(&self) -> &[u8] {
-        self.path.name()
-    }
 }
 
 impl Applier {
@@ -292,6 +268,7 @@ impl Applier {
             Record::Start { .. } => Ok(()),
             Record::Data { offset, bytes } => self.data(offset, bytes.0),
             Record::Hole { offset, length } => self.hole(offset, length),
+            Record::Contents { digest } => self.contents(digest),
             Record::Checkpoint { digest } => self.checkpoint(digest),
             Record::End { entries, logical_bytes, digest } => {
                 self.close_file()?;
@@ -399,180 +376,6 @@ impl Applier {
         }
         let why = format!("the file system allows no further name of {to}");
         Err(Error::new("link", self.show(name), ErrorKind::Unsupported(why)))
-    }
-
-    fn open_file(
-        &mut self,
-        path: TreePath,
-        metadata: Metadata,
-        size: u64,
-        basis: Basis,
-        from: Option<u64>,
-    ) -> Result<()> {
-        let name = path.name();
-        let is_resumed = self.resume.as_ref().is_some_and(|resume| resume.path == path && resume.inside == from);
-        let (fd, origin) = match (from, basis) {
-            (Some(_), _) if !is_resumed => return Err(self.corrupt_at(name, "it goes on where it was not left")),
-            (Some(from), _) => (self.continue_file(&path, name, from)?, Origin::Existing),
-            (None, Basis::Fresh) => (self.builder.create_file(name, &metadata)?, Origin::Fresh),
-            (None, Basis::Existing) => self.take_base(&path, name, &metadata)?,
-        };
-        let is_new = (from, basis) == (None, Basis::Fresh);
-        let length = if is_new { 0 } else { self.length(&fd, name)? };
-        let written = from.unwrap_or(0);
-        let whole = is_new.then_some(0);
-        let mut file = OpenFile { fd, path, metadata, origin, size, written, length, whole };
-        if file.length > size || (from.is_none() && file.length > 0) {
-            // To its size at once, so that what the base has behind it reads as a hole when it grows again.
-            self.resize(&mut file)?;
-        }
-        self.advance(&file.path, Some(written));
-        self.file = Some(file);
-        Ok(())
-    }
-
-    /// Opens a file whose first part arrived before the break. Other names that it may have by now were made by an
-    /// earlier applier, behind the point; the base's own inode it must not be.
-    fn continue_file(&mut self, path: &TreePath, name: &[u8], from: u64) -> Result<OwnedFd> {
-        let why = match self.builder.status(name)?.filter(|is| is.file_type == FileType::RegularFile) {
-            None => "the file that was half done is not there",
-            Some(is) if is.stat.size < from => "the file that was half done is shorter",
-            Some(is) if self.sharing == Sharing::HardLinked && self.is_of_base(path, &is)? => {
-                "the file that was half done is the base's own"
-            }
-            Some(_) => return self.builder.open_file(name),
-        };
-        Err(Error::new("resume delta at", self.show(name), ErrorKind::ResumeStale(why.to_owned())))
-    }
-
-    fn is_of_base(&self, path: &TreePath, is: &Status) -> Result<bool> {
-        let Some(base) = &self.base else { return Ok(false) };
-        let Ok(parent) = base.open_parent(path) else { return Ok(false) };
-        match rustix::fs::statx(&parent, path.name(), AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS) {
-            Ok(found) => Ok(Status::from(found).stat.ino == is.stat.ino),
-            Err(Errno::NOENT) => Ok(false),
-            Err(error) => Err(Error::io("read", base.show(path), error)),
-        }
-    }
-
-    /// Opens a file that holds what the base has at the path and that nothing else shares.
-    fn take_base(&mut self, path: &TreePath, name: &[u8], metadata: &Metadata) -> Result<(OwnedFd, Origin)> {
-        let is = self.builder.status(name)?.filter(|is| is.file_type == FileType::RegularFile);
-        if self.sharing == Sharing::Exclusive && is.is_some_and(|is| is.stat.nlink == 1) {
-            return Ok((self.builder.open_file(name)?, Origin::Existing));
-        }
-        if let Some(base) = &self.base {
-            let from = match base.open_beneath(path, OFlags::RDONLY | OFlags::NONBLOCK) {
-                Ok(from) => from,
-                Err(Error { kind: ErrorKind::Io(_), .. }) => return Err(self.no_base(name)),
-                Err(error) => return Err(error),
-            };
-            let found = rustix::fs::statx(&from, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS);
-            let found = found.map(Status::from).map_err(|error| self.builder.error("read", name, error))?;
-            if found.file_type != FileType::RegularFile {
-                return Err(self.no_base(name));
-            }
-            let to = self.builder.create_file(name, metadata)?;
-            self.copy(&from, &to, found.stat.size, name)?;
-            return Ok((to, Origin::Fresh));
-        }
-        let Some(is) = is.filter(|_| self.sharing == Sharing::Exclusive) else { return Err(self.no_base(name)) };
-        // Copied without a name, so that a half copy is never taken for the base's file after a break.
-        let top = self.builder.top()?;
-        let from = open_entry(top, name, OFlags::RDONLY | OFlags::NONBLOCK);
-        let mode = Mode::RUSR | Mode::WUSR;
-        let to = rustix::fs::openat(top, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode);
-        let (from, to) =
-            from.and_then(|from| Ok((from, to?))).map_err(|error| self.builder.error("copy", name, error))?;
-        self.copy(&from, &to, is.stat.size, name)?;
-        self.builder.clear(name)?;
-        let unnamed = magic_path(to.as_fd(), b"");
-        let unnamed = unnamed.strip_suffix(b"/.").unwrap_or(&unnamed);
-        let named = rustix::fs::linkat(rustix::fs::CWD, unnamed, self.builder.top()?, name, AtFlags::SYMLINK_FOLLOW);
-        named.map_err(|error| self.builder.error("copy", name, error))?;
-        Ok((to, Origin::Fresh))
-    }
-
-    fn no_base(&self, name: &[u8]) -> Error {
-        self.corrupt_at(name, "it builds on a file that the base does not have")
-    }
-
-    fn copy(&mut self, from: &OwnedFd, to: &OwnedFd, size: u64, name: &[u8]) -> Result<()> {
-        let shared = if size == 0 { Ok(true) } else { self.reflinks.share(from.as_fd(), to.as_fd()) };
-        let copied =
-            shared.and_then(|shared| if shared { Ok(()) } else { data::copy_all(from.as_fd(), to.as_fd(), size) });
-        copied.map_err(|error| self.builder.error("copy", name, error))
-    }
-
-    fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let mut file = self.piece(offset, bytes.len() as u64)?;
-        data::write_at(file.fd.as_fd(), bytes, offset)
-            .map_err(|error| self.builder.error("write", file.name(), error))?;
-        if file.whole == Some(offset) {
-            file.whole = Some(offset + bytes.len() as u64);
-        }
-        file.written = offset + bytes.len() as u64;
-        file.length = file.length.max(file.written);
-        self.wrote(file);
-        Ok(())
-    }
-
-    fn hole(&mut self, offset: u64, length: u64) -> Result<()> {
-        let mut file = self.piece(offset, length)?;
-        data::punch(file.fd.as_fd(), offset, length)
-            .map_err(|error| self.builder.error("write", file.name(), error))?;
-        file.written = offset + length;
-        self.wrote(file);
-        Ok(())
-    }
-
-    /// Takes the open file out, if a piece may be written to it there.
-    fn piece(&mut self, offset: u64, length: u64) -> Result<OpenFile> {
-        let Some(file) = self.file.take() else { return Err(self.corrupt("data comes without a file")) };
-        if offset < file.written {
-            return Err(self.corrupt_at(file.name(), "its data is out of order"));
-        }
-        if offset.checked_add(length).is_none_or(|end| end > file.size) {
-            return Err(self.corrupt_at(file.name(), "its data lies behind its end"));
-        }
-        Ok(file)
-    }
-
-    /// Puts the open file back.
-    fn wrote(&mut self, file: OpenFile) {
-        if let Some(position) = &mut self.position
-            && position.path == file.path
-        {
-            position.inside = Some(file.written);
-        }
-        self.file = Some(file);
-    }
-
-    fn close_file(&mut self) -> Result<()> {
-        let Some(mut file) = self.file.take() else { return Ok(()) };
-        let digest = self.digest.end_data();
-        self.resize(&mut file)?;
-        self.builder.finish_file(&file.fd, file.name(), &file.metadata, file.origin)?;
-        self.advance(&file.path, None);
-        if let Some(arrivals) = &mut self.arrivals {
-            let digest = (file.whole == Some(file.size)).then_some(digest);
-            arrivals.file(self.builder.entry_of(&file.fd, file.path)?, digest)?;
-        }
-        Ok(())
-    }
-
-    fn resize(&self, file: &mut OpenFile) -> Result<()> {
-        if file.length != file.size {
-            rustix::fs::ftruncate(&file.fd, file.size)
-                .map_err(|error| self.builder.error("write", file.name(), error))?;
-            file.length = file.size;
-        }
-        Ok(())
-    }
-
-    fn length(&self, fd: &OwnedFd, name: &[u8]) -> Result<u64> {
-        let found = rustix::fs::fstat(fd).map_err(|error: Errno| self.builder.error("read", name, error))?;
-        Ok(found.st_size.unsigned_abs())
     }
 
     /// Notes how far the stream is; directories that are announced again after a break do not count.
