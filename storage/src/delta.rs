@@ -101,7 +101,8 @@ pub struct ReceiveRequest {
     pub resume: Option<ResumePoint>,
 }
 
-/// A delta being received into a staging place. Nothing of it is visible before `commit`; dropping it discards it.
+/// A delta being received into a staging place. Nothing of it is visible before `commit`; dropping it discards it: at once where all is
+/// settled, else as soon as what is being acted on is done.
 #[async_trait]
 pub trait Receiving: Send {
     /// Takes the next bytes of the stream, cut anywhere. They may be acted on later; an error of them shows at a later call

@@ -31,6 +31,15 @@ fn record(name: &str) -> VolumeRecord {
     }
 }
 
+/// Makes a volume with one file, and a snapshot of it.
+async fn with_one(driver: &dyn Driver) -> (VolumeRecord, HeldSnapshot) {
+    let volume = record("db");
+    driver.create(&volume).await.unwrap();
+    write(driver, volume.id, "file", b"one").await;
+    let one = take(driver, volume.id).await;
+    (volume, one)
+}
+
 async fn take(driver: &dyn Driver, volume: VolumeId) -> HeldSnapshot {
     let parents = driver.lineage(volume).await.unwrap().tip().map(|tip| tip.snapshot.id).into_iter().collect();
     let snapshot = Snapshot {
@@ -233,10 +242,7 @@ async fn a_reader_of_a_replica_and_its_own_empty_snapshots_do_not_stand_in_the_w
     let Some(host) = ZfsHost::enter(test) else { return };
     let Pair { a, b, native, place: _place } = pair(&host).await;
     for format in [native, DeltaFormat::tree()] {
-        let volume = record("db");
-        a.create(&volume).await.unwrap();
-        write(&*a, volume.id, "file", b"one").await;
-        let one = take(&*a, volume.id).await;
+        let (volume, one) = with_one(&*a).await;
         write(&*a, volume.id, "file", b"two").await;
         let two = take(&*a, volume.id).await;
         push((&*a, &*b), &volume, None, &one, &format).await.unwrap();
@@ -271,10 +277,7 @@ async fn a_head_that_was_let_go_this_moment_goes_back() {
     let Some(host) = ZfsHost::enter("a_head_that_was_let_go_this_moment_goes_back") else { return };
     let place = host.place();
     let a = place.open("a").await.unwrap();
-    let volume = record("db");
-    a.create(&volume).await.unwrap();
-    write(&*a, volume.id, "file", b"one").await;
-    let one = take(&*a, volume.id).await;
+    let (volume, one) = with_one(&*a).await;
     let rounds = if host.is_fuse() { 60 } else { 3 };
     for round in 0..rounds {
         write(&*a, volume.id, "file", b"two").await;
@@ -291,10 +294,7 @@ async fn what_is_not_ours_is_listed_and_never_destroyed() {
     let Some(host) = ZfsHost::enter("what_is_not_ours_is_listed_and_never_destroyed") else { return };
     let place = host.place();
     let a = place.open("a").await.unwrap();
-    let volume = record("db");
-    a.create(&volume).await.unwrap();
-    write(&*a, volume.id, "file", b"one").await;
-    let one = take(&*a, volume.id).await;
+    let (volume, one) = with_one(&*a).await;
     let strange = format!("{}/volumes/{}@by-hand", place.dataset("a"), volume.id);
     write(&*a, volume.id, "file", b"two").await;
     host.zfs(&["snapshot", &strange]);

@@ -11,32 +11,44 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use common::*;
 use flocker_transport::{
-    BulkError, CloseCode, ErrorKind, Incoming, IncomingLimits, Outgoing, OutgoingLimits, Progress, StopReason,
+    BoxError, BulkError, ChunkSink, ChunkSource, CloseCode, Connection, ErrorKind, Incoming, IncomingLimits, Outgoing,
+    OutgoingLimits, Progress, Received, Sent, StopReason,
 };
 use rand::{Rng, RngCore, SeedableRng, rngs::StdRng};
 
 fn quiet(_: Progress) {}
 
+/// Sends all of a source from one member to the other.
+async fn carry(
+    (client, server): &(Connection, Connection),
+    source: &mut dyn ChunkSource,
+    sink: &mut dyn ChunkSink,
+    progress: &(dyn Fn(Progress) + Send + Sync),
+) -> (Result<Sent, BulkError>, Result<Received, BulkError>) {
+    let send = async {
+        let link = client.open_bulk(1).await.unwrap();
+        Outgoing::new(OutgoingLimits::default()).run(link, 0, source, progress).await
+    };
+    let receive = async {
+        let link = server.accept_bulk(1).await.unwrap();
+        Incoming::new().run(link, sink, &quiet).await
+    };
+    tokio::join!(send, receive)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_sent_arrives() {
     for (length, size) in [(0, 1), (1, 1), (300_000, 70), (5_000_000, 100_000), (9_000_001, 3_000_000)] {
         let pair = Pair::new();
-        let (client, server) = pair.connect().await;
         let data = mixed_data(length as u64, length);
         let (mut source, mut sink) = (Pieces::new(data.clone(), size), Collect::new());
         let seen = Mutex::new(Progress::default());
         let keep = |progress| *seen.lock().unwrap() = progress;
-        let send = async {
-            let link = client.open_bulk(1).await.unwrap();
-            Outgoing::new(OutgoingLimits::default()).run(link, 0, &mut source, &keep).await.unwrap()
-        };
-        let receive = async {
-            let link = server.accept_bulk(1).await.unwrap();
-            Incoming::new().run(link, &mut sink, &quiet).await.unwrap()
-        };
-        let (sent, received) = tokio::join!(send, receive);
+        let (sent, received) = carry(&pair.connect().await, &mut source, &mut sink, &keep).await;
+        let (sent, received) = (sent.unwrap(), received.unwrap());
         assert!(*sink.data.lock().unwrap() == data);
         assert_eq!(sent.raw_bytes, length as u64);
         assert_eq!((sent.raw_bytes, sent.digest), (received.raw_bytes, received.digest));
@@ -45,21 +57,38 @@ async fn what_was_sent_arrives() {
     }
 }
 
+/// Takes everything, and finds at the end that it was wrong.
+struct Late;
+
+#[async_trait::async_trait]
+impl ChunkSink for Late {
+    async fn write(&mut self, _: Bytes) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<(), BoxError> {
+        Err("a digest differs".into())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_sink_finds_at_the_end_is_told_before_the_sender_is_done() {
+    let pair = Pair::new();
+    let mut source = Pieces::new(mixed_data(1, 300_000), 70_000);
+    let (sent, received) = carry(&pair.connect().await, &mut source, &mut Late, &quiet).await;
+    assert!(matches!(sent, Err(BulkError::Stopped(StopReason::Sink))), "{sent:?}");
+    assert!(matches!(&received, Err(BulkError::Sink(why)) if why.to_string() == "a digest differs"), "{received:?}");
+}
+
 /// Ten datagrams of such a size are more than one send to the kernel takes; where such sends fail, quinn falls back to 1,200 bytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn datagrams_become_as_large_as_the_path_carries_and_stay_so() {
-    let (client, server) = Pair::new().connect().await;
+    let pair = Pair::new();
+    let members = pair.connect().await;
     let (mut source, mut sink) = (Pieces::new(mixed_data(1, 64_000_000), 256 << 10), Collect::new());
-    let send = async {
-        let link = client.open_bulk(1).await.unwrap();
-        Outgoing::new(OutgoingLimits::default()).run(link, 0, &mut source, &quiet).await.unwrap()
-    };
-    let receive = async {
-        let link = server.accept_bulk(1).await.unwrap();
-        Incoming::new().run(link, &mut sink, &quiet).await.unwrap()
-    };
-    assert_eq!(tokio::join!(send, receive).1.raw_bytes, 64_000_000);
-    assert!((31_900..=32_000).contains(&client.mtu()), "{} bytes", client.mtu());
+    let (_, received) = carry(&members, &mut source, &mut sink, &quiet).await;
+    assert_eq!(received.unwrap().raw_bytes, 64_000_000);
+    assert!((31_900..=32_000).contains(&members.0.mtu()), "{} bytes", members.0.mtu());
 }
 
 #[tokio::test(flavor = "multi_thread")]

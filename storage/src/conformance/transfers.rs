@@ -188,6 +188,7 @@ async fn drop_leaves_nothing(bench: &Bench) {
             receiving.write(chunk.clone()).await.expect("written");
             assert!(!knows(&*b, &record).await, "visible before commit");
         }
+        receiving.settle().await.expect("acted on");
         drop(receiving);
         assert!(!knows(&*b, &record).await);
         take_in(&*b, incoming(&record, None, &one, &format), &full).await.expect("received");
@@ -198,6 +199,7 @@ async fn drop_leaves_nothing(bench: &Bench) {
             receiving.write(chunk.clone()).await.expect("written");
         }
         assert_eq!(b.lineage(record.id).await.expect("a lineage").snapshots, std::slice::from_ref(&one));
+        receiving.settle().await.expect("acted on");
         drop(receiving);
         assert_eq!(b.partial(record.id).await.expect("no partial"), None);
         assert_eq!(b.lineage(record.id).await.expect("a lineage").snapshots, std::slice::from_ref(&one));

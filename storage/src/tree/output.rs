@@ -57,6 +57,11 @@ impl Output {
 
     /// Appends a record. After an error nothing more may be asked for.
     pub(super) fn put(&mut self, record: &Record<'_>) -> Result<()> {
+        self.put_known(record, None)
+    }
+
+    /// Appends a record; `digest`: that of its data, which is all of its file, where it is known.
+    pub(super) fn put_known(&mut self, record: &Record<'_>, digest: Option<[u8; 32]>) -> Result<()> {
         if record.place().is_some() && self.digest.has_data() {
             self.hash();
             self.digest.end_data();
@@ -70,7 +75,7 @@ impl Output {
         }
         self.end_frame(start, record.is_digest());
         match record {
-            Record::Data { bytes, .. } => self.hash_data(bytes.0.len()),
+            Record::Data { bytes, .. } => self.hash_data(bytes.0.len(), digest),
             Record::Contents { .. } => self.digest.state(),
             record if record.is_digest() => self.hashed = self.bytes.len(),
             _ => {}
@@ -78,11 +83,12 @@ impl Output {
         Ok(())
     }
 
-    /// Appends a data record whose `length` bytes `read` appends. After an error nothing more may be asked for.
+    /// Appends a data record whose `length` bytes `read` appends; `digest` as before. After an error nothing more may be asked for.
     pub(super) fn put_data(
         &mut self,
         offset: u64,
         length: usize,
+        digest: Option<[u8; 32]>,
         read: impl FnOnce(&mut Vec<u8>) -> Result<()>,
     ) -> Result<()> {
         let start = self.begin_frame(DATA_HEAD + length);
@@ -90,7 +96,7 @@ impl Output {
         self.bytes.reserve(length);
         read(&mut self.bytes)?;
         self.end_frame(start, false);
-        self.hash_data(length);
+        self.hash_data(length, digest);
         Ok(())
     }
 
@@ -118,11 +124,13 @@ impl Output {
     }
 
     /// Takes in what was written, of which the last `length` bytes are a file's.
-    fn hash_data(&mut self, length: usize) {
+    fn hash_data(&mut self, length: usize, known: Option<[u8; 32]>) {
         let (frames, data) = self.bytes[self.hashed..].split_at(self.bytes.len() - self.hashed - length);
         self.digest.frames(frames);
-        if self.digest.counts_data() {
-            self.digest.data(data);
+        match known {
+            Some(digest) => self.digest.known_data(digest),
+            None if self.digest.counts_data() => self.digest.data(data),
+            None => {}
         }
         self.hashed = self.bytes.len();
     }

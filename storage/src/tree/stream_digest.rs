@@ -13,6 +13,8 @@ pub(super) struct StreamDigest {
     /// The data of the file announced last, from where the stream begins with it.
     contents: Hasher,
     has_contents: bool,
+    /// What the digest of that data is, where it is known without hashing.
+    known: Option<[u8; 32]>,
     is_stated: bool,
 }
 
@@ -25,6 +27,12 @@ impl StreamDigest {
     /// Takes in data of the file announced last.
     pub(super) fn data(&mut self, bytes: &[u8]) {
         self.contents.update(bytes);
+        self.has_contents = true;
+    }
+
+    /// Takes in all data of the file announced last, whose digest is known.
+    pub(super) fn known_data(&mut self, digest: [u8; 32]) {
+        self.known = Some(digest);
         self.has_contents = true;
     }
 
@@ -46,7 +54,7 @@ impl StreamDigest {
 
     /// Ends the data of a file, before the frame of another entry, and returns its digest.
     pub(super) fn end_data(&mut self) -> [u8; 32] {
-        let digest = *self.contents.finalize().as_bytes();
+        let digest = self.contents();
         if self.has_contents {
             if !self.is_stated {
                 self.frames.update(&digest);
@@ -54,14 +62,19 @@ impl StreamDigest {
             self.contents.reset();
             self.has_contents = false;
         }
+        self.known = None;
         self.is_stated = false;
         digest
+    }
+
+    fn contents(&self) -> [u8; 32] {
+        self.known.unwrap_or_else(|| *self.contents.finalize().as_bytes())
     }
 
     /// Returns the digest since the start or the last call. The data of a file goes on being taken in as one.
     pub(super) fn take(&mut self) -> [u8; 32] {
         if self.has_contents && !self.is_stated {
-            self.frames.update(self.contents.finalize().as_bytes());
+            self.frames.update(&self.contents());
         }
         let digest = *self.frames.finalize().as_bytes();
         self.frames.reset();

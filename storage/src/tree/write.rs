@@ -24,13 +24,12 @@ use super::{
     blocks::{Blocks, Found, Version},
     data::next_data,
     entry::{Entry, EntryKind, Metadata, Stat},
-    inventory::InventoryEntry,
     output::Output,
     path::TreePath,
     root::Root,
     target::{Ahead, Target},
     walk::{Attributes, Links, Motion, Walk},
-    wire::{Basis, MAGIC, NodeKind, Place, Position, Raw, Record},
+    wire::{Basis, DATA_LIMIT, MAGIC, NodeKind, Place, Position, Raw, Record},
 };
 use crate::{
     delta::{Compare, ResumePoint},
@@ -41,9 +40,6 @@ use crate::{
 /// How much stream lies between two checkpoints: a broken transfer sends again what came since the last but one, at most. Each costs
 /// the receiver one syncfs(2), beside its work.
 pub const CHECKPOINT_INTERVAL: u64 = 32 * 1024 * 1024;
-
-/// A file is worth more than one system call from here on, in bytes.
-const LARGE: u64 = 1024 * 1024;
 
 /// One of the two trees.
 #[derive(Debug)]
@@ -103,6 +99,8 @@ struct FileJob {
     /// What the record before the data holds; taken when it is sent.
     metadata: Option<Metadata>,
     nlink: u32,
+    /// The digest of its contents, where that is known.
+    digest: Option<[u8; 32]>,
 }
 
 impl FileJob {
@@ -111,6 +109,11 @@ impl FileJob {
         let metadata = self.metadata.take()?;
         let (size, basis, from) = (self.size, self.basis, self.from);
         Some(Record::File { at: place(&self.path), metadata, size, basis, from })
+    }
+
+    /// Returns the digest of a piece that is all of the file, where it is known.
+    fn digest_of(&self, length: usize) -> Option<[u8; 32]> {
+        self.digest.filter(|_| length as u64 == self.size)
     }
 
     fn error(&self, error: Errno) -> Error {
@@ -403,7 +406,8 @@ impl DeltaWriter {
         send |= basis == Basis::Fresh;
         let file = Version::new(self.target.walk.open_last()?, size);
         advise(&file);
-        let stated = if basis == Basis::Fresh { self.known_digest(&target, &file)? } else { None };
+        let digest = self.recorded_digest(&target).filter(|_| basis == Basis::Fresh);
+        let stated = if digest.is_some() && is_worth_stating(&file, &target.path)? { digest } else { None };
         let start = if same_contents { size } else { from.unwrap_or(0) };
         let job = FileJob {
             blocks: Blocks::new(file, old, start, std::mem::take(&mut self.buffers)),
@@ -412,6 +416,7 @@ impl DeltaWriter {
             from,
             metadata: Some(Metadata::from(&target)),
             nlink: target.stat.nlink,
+            digest,
             path: target.path,
         };
         if send {
@@ -431,18 +436,11 @@ impl DeltaWriter {
         Ok(())
     }
 
-    /// Returns the digest that the inventory has of a file, if the file is worth it and all of it is data.
-    fn known_digest(&self, target: &Entry, file: &Version) -> Result<Option<[u8; 32]>> {
-        let is_recorded = |record: &&InventoryEntry| {
-            let of = |stat: &Stat| (stat.ino, stat.size, stat.mtime);
-            of(&record.entry.stat) == of(&target.stat)
-        };
-        let recorded = self.target.walk.recorded().filter(|_| file.size >= LARGE).filter(is_recorded);
-        let Some(digest) = recorded.and_then(|record| record.digest) else { return Ok(None) };
-        let data = next_data(file.file.as_fd(), 0, file.size);
-        let is_whole =
-            data.map_err(|error| Error::io("read", &target.path, error))?.is_some_and(|data| data == (0, file.size));
-        Ok(is_whole.then_some(digest))
+    /// Returns the digest that the inventory has of a file's contents.
+    fn recorded_digest(&self, target: &Entry) -> Option<[u8; 32]> {
+        let of = |stat: &Stat| (stat.ino, stat.size, stat.mtime);
+        let record = self.target.walk.recorded().filter(|record| of(&record.entry.stat) == of(&target.stat));
+        record.and_then(|record| record.digest)
     }
 
     /// Looks at one piece of the current file.
@@ -464,9 +462,10 @@ impl DeltaWriter {
         }
         match found {
             Found::Data(offset, range) => {
-                self.out.put(&Record::Data { offset, bytes: Raw(&job.blocks.window()[range]) })?;
+                let digest = job.digest_of(range.len());
+                self.out.put_known(&Record::Data { offset, bytes: Raw(&job.blocks.window()[range]) }, digest)?;
             }
-            Found::Unread(offset, length) => self.out.put_data(offset, length, |bytes| {
+            Found::Unread(offset, length) => self.out.put_data(offset, length, job.digest_of(length), |bytes| {
                 job.blocks.read(bytes, offset, length).map_err(|error| job.error(error))
             })?,
             Found::Hole(offset, length) => self.out.put(&Record::Hole { offset, length })?,
@@ -549,8 +548,18 @@ fn stale(path: &TreePath, why: &str) -> Error {
     Error::new("resume delta at", path, ErrorKind::ResumeStale(why.to_owned()))
 }
 
+/// Tells whether a file needs several records, and all of it is data.
+fn is_worth_stating(version: &Version, path: &TreePath) -> Result<bool> {
+    if version.size <= DATA_LIMIT as u64 {
+        return Ok(false);
+    }
+    let data = next_data(version.file.as_fd(), 0, version.size).map_err(|error| Error::io("read", path, error))?;
+    Ok(data == Some((0, version.size)))
+}
+
 /// Tells the kernel that a large file is read from front to back.
 fn advise(version: &Version) {
+    const LARGE: u64 = 1024 * 1024;
     if version.size >= LARGE {
         let _ = rustix::fs::fadvise(version.file.as_fd(), 0, None, rustix::fs::Advice::Sequential);
     }

@@ -1,10 +1,11 @@
 //! Pushes that would lose something are refused: the operator sees who wrote what and when, and nothing changes.
 
-use std::fs;
+use std::{fs, os::unix::fs::FileExt as _};
 
 use flocker_tests::{
     Cluster, Node,
-    invariants::{histories, text},
+    invariants::{array, histories, text},
+    scratch::run,
     tree::{Listing, assert_same},
 };
 use serde_json::Value;
@@ -184,4 +185,30 @@ fn a_refused_dry_run_and_a_refused_pull_end_the_same_way() {
     assert!(pull.json()["outcome"]["verdict"]["diverged"].is_object());
 
     assert_same(&before, &Listing::of(&b.pool()).without_folder_times());
+}
+
+#[test]
+fn what_rotted_in_a_snapshot_is_not_copied() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    fs::write(mount.join("table"), vec![7; 3_000_000]).unwrap();
+    // So that the digest is known on file systems that share extents, too.
+    let taken = text(&a.cli(&["snapshot", "db@one", "--checksum"]).ok().json()["id"]).to_owned();
+    let pattern = format!("*{taken}*/table");
+    let found = run(std::process::Command::new("find").arg(a.pool()).args(["-path", &pattern, "-type", "f"]));
+    let inside = fs::File::options().write(true).open(found.trim()).unwrap();
+    let modified = inside.metadata().unwrap().modified().unwrap();
+    inside.write_all_at(b"rot", 1_000_000).unwrap();
+    inside.set_modified(modified).unwrap();
+
+    a.cli(&["push", "db@one", "host-b"]).ends_with(1).says(&["table", "snapshot was made with", "flocker verify"]);
+    assert!(array(&b.cli(&["list"]).ok().json()).is_empty());
+    let findings = a.cli(&["verify", "db@one", "--checksum"]).ends_with(1).stdout;
+    assert!(findings.contains("table"), "{findings}");
+
+    inside.write_all_at(&[7; 3], 1_000_000).unwrap();
+    inside.set_modified(modified).unwrap();
+    a.push("db@one", "host-b");
+    assert_eq!(histories(a), histories(b));
 }

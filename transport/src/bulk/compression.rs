@@ -5,6 +5,7 @@
 //! [`Compressors`] and [`decompress`] do the work, on threads of their callers.
 
 use std::{
+    cell::RefCell,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -142,7 +143,14 @@ impl std::fmt::Debug for Compressors {
 
 /// Undoes [`Compressors::compress`]; fails unless exactly `raw_len` bytes come out. Blocks.
 pub(super) fn decompress(payload: &[u8], raw_len: usize) -> Result<Bytes, BoxError> {
-    let raw = Decompressor::new()?.decompress(payload, raw_len)?;
+    thread_local! {
+        // Making one costs more than unpacking a small frame.
+        static CONTEXT: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    let raw = CONTEXT.with_borrow_mut(|context| match context {
+        Some(context) => context.decompress(payload, raw_len),
+        None => context.insert(Decompressor::new()?).decompress(payload, raw_len),
+    })?;
     if raw.len() != raw_len {
         return Err(format!("a frame of {raw_len} bytes unpacks to {}", raw.len()).into());
     }

@@ -278,8 +278,8 @@ impl Applier {
         if digest == stated {
             return Ok(());
         }
-        let rule =
-            "its contents are not those that its snapshot was made with: it was damaged at the sender, or on its way";
+        let rule = "its contents are not those that its snapshot was made with: they were damaged at the sender \
+                    (`flocker verify --checksum` there tells), or on their way";
         Err(self.corrupt_at(file.name(), rule))
     }
 

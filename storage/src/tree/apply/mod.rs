@@ -392,7 +392,7 @@ impl Applier {
 
     fn verify(&self, found: [u8; 32], told: [u8; 32]) -> Result<()> {
         if found != told {
-            return Err(self.corrupt("a digest differs: the stream was damaged on its way"));
+            return Err(self.corrupt("a digest differs: what arrived was damaged at the sender, or on its way"));
         }
         Ok(())
     }
