@@ -153,7 +153,7 @@ pub(crate) fn from_peer(peer: &NodeName, said: &Problem) -> ApiProblem {
         ProblemCode::NotPermitted => 403,
         ProblemCode::NoSpace => 507,
         ProblemCode::ShuttingDown => 503,
-        ProblemCode::Internal => 500,
+        ProblemCode::Internal | ProblemCode::Malformed | ProblemCode::DigestMismatch => 500,
         _ => 409,
     };
     let problem =
