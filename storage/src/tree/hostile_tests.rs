@@ -320,6 +320,24 @@ fn a_stated_digest_is_that_of_all_the_data() {
     Yard::new().refused(&[root(), existing, contents(b"abc"), data(0, b"abc")], "builds on other data");
 }
 
+/// Hashing them would keep a processor busy for as long as the peer likes.
+#[test]
+fn holes_without_end_are_not_hashed_after_a_break() {
+    let yard = Yard::new();
+    let from = 2 << 40;
+    fs::File::create(yard.dest.join("file")).unwrap().set_len(from).unwrap();
+    let resume = Some(Position { path: TreePath::parse(b"file").unwrap(), inside: Some(from) });
+    let point = resume.as_ref().unwrap().to_point().unwrap();
+    let dest = Root::open(&yard.dest).unwrap();
+    let mut applier = Applier::new(dest, None, Sharing::Exclusive, Some(point), None).unwrap();
+    let (size, basis) = (from + 1, Basis::Fresh);
+    let goes_on = Record::File { at: at(1, b"file"), metadata: metadata(), size, basis, from: Some(from) };
+    let start = Record::Start { magic: MAGIC, resume };
+    let frames: Vec<u8> = [start, root(), goes_on, contents(b"")].iter().flat_map(frame).collect();
+    let error = applier.feed(&frames).unwrap_err();
+    assert!(matches!(&error.kind, ErrorKind::Corrupt(why) if why.contains("gap")), "{error:?}");
+}
+
 #[test]
 fn damage_and_cuts_are_noticed() {
     let whole = stream(&[root(), file(b"f", 3), data(0, b"abc")]);
