@@ -1,6 +1,8 @@
 //! The portable delta from outside: whole trees through `flocker-tree/1`, whole, cut, resumed and damaged.
 #![allow(clippy::unwrap_used)]
 
+#[path = "tree/arrived.rs"]
+mod arrived;
 #[path = "tree/diff.rs"]
 mod diff;
 #[path = "tree/edits.rs"]

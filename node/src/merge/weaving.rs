@@ -297,7 +297,7 @@ mod tests {
         let (dest, base) = (Root::open(result).unwrap(), Root::open(&paths[1]).unwrap());
         let mut applier = Applier::new(dest, Some(base), Sharing::Exclusive, None, None).unwrap();
         while let Some(chunk) = writer.next_chunk().unwrap() {
-            applier.feed(&chunk).unwrap();
+            applier.feed(chunk).unwrap();
         }
         let applied = applier.finish().unwrap();
         assert_eq!(applied.summary.entries, listing(result).unwrap().len() as u64);

@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 const CHUNKS_AHEAD: usize = 2;
 
 /// Takes in one chunk. Blocks.
-type Take<W> = fn(&mut W, &[u8]) -> Result<()>;
+type Take<W> = fn(&mut W, Bytes) -> Result<()>;
 
 /// What takes chunks in, in order.
 pub(super) struct Intake<W> {
@@ -111,7 +111,7 @@ impl<W: Send + 'static> Intake<W> {
         let (take, counted) = (self.take, Arc::clone(&taken));
         let run = move || {
             while let Some(chunk) = arriving.blocking_recv() {
-                if let Err(error) = take(&mut work, &chunk) {
+                if let Err(error) = take(&mut work, chunk) {
                     // Whoever hears of it finds its place cleared away.
                     drop(work);
                     let _ = done.send(Err(error));

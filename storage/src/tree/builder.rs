@@ -267,48 +267,40 @@ impl Builder {
         }
     }
 
-    /// Gives a file its owner, attributes, mode and times; its data must be complete. What a fresh file has already is not
-    /// set again: each such call is a transaction of the file system. Returns what the file is then, where that had to be asked.
+    /// Gives a file its owner, attributes, mode and times; its data must be complete.
     pub(super) fn finish_file(
         &mut self,
         file: &OwnedFd,
         name: &[u8],
         metadata: &Metadata,
         origin: Origin,
-    ) -> Result<Option<Status>> {
+    ) -> Result<()> {
+        let operation = "set metadata of";
         if origin == Origin::Fresh && metadata.xattrs.is_empty() {
-            let set = rustix::fs::futimens(file, &times(metadata.mtime));
-            set.map_err(|error| self.error("set metadata of", name, error))?;
-            let is = self.status_of(file, name)?;
-            if (is.uid, is.gid, is.mode) == (metadata.uid, metadata.gid, metadata.mode) {
-                return Ok(Some(is));
+            let finished = finish_plain(file, metadata).map_err(|error| self.error(operation, name, error))?;
+            if !finished.1 {
+                self.note(name, owner_finding(metadata));
             }
+            return Ok(());
         }
         let owned = rustix::fs::fchown(file, owner(metadata).0, owner(metadata).1);
         let keeps_owner = self.owner_was_set(name, owned, metadata, file)?;
-        if !metadata.xattrs.is_empty() || origin == Origin::Existing {
-            let top = self.dirs.top()?.try_clone_to_owned();
-            let top = top.map_err(|error| Error::io("open", self.dirs.show(b""), error))?;
-            self.write_xattrs(top.as_fd(), name, metadata, origin)?;
-        }
+        let top = self.dirs.top()?.try_clone_to_owned();
+        let top = top.map_err(|error| Error::io("open", self.dirs.show(b""), error))?;
+        self.write_xattrs(top.as_fd(), name, metadata, origin)?;
         let set = rustix::fs::fchmod(file, mode(metadata, keeps_owner))
             .and_then(|()| rustix::fs::futimens(file, &times(metadata.mtime)));
-        set.map_err(|error| self.error("set metadata of", name, error))?;
-        Ok(None)
+        set.map_err(|error| self.error(operation, name, error))
     }
 
     /// Returns what an open file is.
     pub(super) fn status_of(&self, file: &OwnedFd, name: &[u8]) -> Result<Status> {
-        let found = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS);
-        found.map(Status::from).map_err(|error| self.error("read", name, error))
+        status_of(file).map_err(|error| self.error("read", name, error))
     }
 
-    /// Returns the entry that a file of the directory on top has become, of which `is` is known already.
-    pub(super) fn entry_of(&mut self, file: &OwnedFd, path: TreePath, is: Option<Status>) -> Result<Entry> {
-        let Status { mode, uid, gid, stat, .. } = match is {
-            Some(is) => is,
-            None => self.status_of(file, path.name())?,
-        };
+    /// Returns the entry that a file of the directory on top has become.
+    pub(super) fn entry_of(&mut self, file: &OwnedFd, path: TreePath) -> Result<Entry> {
+        let Status { mode, uid, gid, stat, .. } = self.status_of(file, path.name())?;
         let xattrs = self.reader.read_open(file.as_fd());
         let xattrs = xattrs.map_err(|error| self.error("read extended attributes of", path.name(), error))?;
         let kind = EntryKind::File { size: stat.size };
@@ -354,22 +346,54 @@ impl Builder {
         metadata: &Metadata,
         fd: &OwnedFd,
     ) -> Result<bool> {
-        match result {
-            Ok(()) => return Ok(true),
-            Err(Errno::PERM | Errno::INVAL | Errno::OPNOTSUPP) => {}
-            Err(error) => return Err(self.error("set owner of", name, error)),
+        let set = owner_was_set(result, metadata, fd).map_err(|error| self.error("set owner of", name, error))?;
+        if !set {
+            self.note(name, owner_finding(metadata));
         }
-        let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
-        // The group alone may be one of the user's.
-        let _ = rustix::fs::chownat(fd, "", None, owner(metadata).1, flags);
-        let is = rustix::fs::statx(fd, "", flags, StatxFlags::UID | StatxFlags::GID);
-        let is = is.map_err(|error| self.error("read", name, error))?;
-        if (is.stx_uid, is.stx_gid) == (metadata.uid, metadata.gid) {
-            return Ok(true);
-        }
-        self.note(name, format!("the owner {}:{} could not be set", metadata.uid, metadata.gid));
-        Ok(false)
+        Ok(set)
     }
+}
+
+/// Gives a fresh file that gets no attributes its owner, mode and times; its data must be complete. What it has already is
+/// not set again: each such call is a transaction of the file system. Returns what it is then, and whether the owner is as
+/// wanted.
+pub(super) fn finish_plain(file: &OwnedFd, metadata: &Metadata) -> std::result::Result<(Status, bool), Errno> {
+    rustix::fs::futimens(file, &times(metadata.mtime))?;
+    let is = status_of(file)?;
+    if (is.uid, is.gid, is.mode) == (metadata.uid, metadata.gid, metadata.mode) {
+        return Ok((is, true));
+    }
+    let owned = rustix::fs::fchown(file, owner(metadata).0, owner(metadata).1);
+    let keeps_owner = owner_was_set(owned, metadata, file)?;
+    rustix::fs::fchmod(file, mode(metadata, keeps_owner))?;
+    Ok((status_of(file)?, keeps_owner))
+}
+
+fn status_of(file: &OwnedFd) -> std::result::Result<Status, Errno> {
+    rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).map(Status::from)
+}
+
+/// What is said of an entry whose owner could not be set.
+pub(super) fn owner_finding(metadata: &Metadata) -> String {
+    format!("the owner {}:{} could not be set", metadata.uid, metadata.gid)
+}
+
+/// Tells whether the owner is as wanted after a chown, with this result.
+fn owner_was_set(
+    result: std::result::Result<(), Errno>,
+    metadata: &Metadata,
+    fd: &OwnedFd,
+) -> std::result::Result<bool, Errno> {
+    match result {
+        Ok(()) => return Ok(true),
+        Err(Errno::PERM | Errno::INVAL | Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error),
+    }
+    let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
+    // The group alone may be one of the user's.
+    let _ = rustix::fs::chownat(fd, "", None, owner(metadata).1, flags);
+    let is = rustix::fs::statx(fd, "", flags, StatxFlags::UID | StatxFlags::GID)?;
+    Ok((is.stx_uid, is.stx_gid) == (metadata.uid, metadata.gid))
 }
 
 fn make_node(top: BorrowedFd<'_>, name: &[u8], kind: &EntryKind) -> std::result::Result<(), Errno> {

@@ -18,22 +18,16 @@ pub type Keep = Box<dyn FnOnce() -> Result<()> + Send>;
 pub type OnCheckpoint = Box<dyn FnMut(ResumePoint) -> Keep + Send>;
 
 /// The checkpoint that is being made durable, if there is one.
-pub(super) struct Checkpoints {
-    on_checkpoint: Option<OnCheckpoint>,
+#[derive(Default)]
+pub(super) struct Durable {
     running: Option<JoinHandle<Result<()>>>,
 }
 
-impl Checkpoints {
-    pub(super) fn new(on_checkpoint: Option<OnCheckpoint>) -> Self {
-        Self { on_checkpoint, running: None }
-    }
-
+impl Durable {
     /// Begins with the next one; waits for the one before, so that no more than two intervals are ever not durable.
-    pub(super) fn begin(&mut self, root: Root, point: ResumePoint) -> Result<()> {
+    pub(super) fn begin(&mut self, root: Root, keep: Keep) -> Result<()> {
         self.settle()?;
-        let Some(on_checkpoint) = &mut self.on_checkpoint else { return Ok(()) };
         let shown = root.path().display().to_string();
-        let keep = on_checkpoint(point);
         let work = move || {
             root.sync()?;
             keep()
@@ -53,7 +47,7 @@ impl Checkpoints {
     }
 }
 
-impl Drop for Checkpoints {
+impl Drop for Durable {
     /// Nothing may write to the receive's place once it is given up.
     fn drop(&mut self) {
         if let Some(Ok(Err(error))) = self.running.take().map(JoinHandle::join) {

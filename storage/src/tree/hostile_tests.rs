@@ -16,6 +16,7 @@ use super::{
     wire::{Basis, MAGIC, NodeKind, Place, Position, Raw, Record},
 };
 use crate::error::{Error, ErrorKind};
+use bytes::Bytes;
 
 struct Yard {
     folder: tempfile::TempDir,
@@ -58,7 +59,7 @@ impl Yard {
     #[track_caller]
     fn refused_bytes(&self, bytes: &[u8], rule: &str) {
         let mut applier = self.applier();
-        let result = applier.feed(bytes).and_then(|()| applier.finish().map(drop));
+        let result = applier.feed(Bytes::copy_from_slice(bytes)).and_then(|()| applier.finish().map(drop));
         self.check_outside();
         match result {
             Err(Error { kind: ErrorKind::Corrupt(why), .. }) if why.contains(rule) => {}
@@ -69,7 +70,7 @@ impl Yard {
     #[track_caller]
     fn accepted(&self, records: &[Record<'_>]) {
         let mut applier = self.applier();
-        applier.feed(&stream(records)).unwrap();
+        applier.feed(stream(records).into()).unwrap();
         applier.finish().unwrap();
         self.check_outside();
     }
@@ -334,7 +335,7 @@ fn holes_without_end_are_not_hashed_after_a_break() {
     let goes_on = Record::File { at: at(1, b"file"), metadata: metadata(), size, basis, from: Some(from) };
     let start = Record::Start { magic: MAGIC, resume };
     let frames: Vec<u8> = [start, root(), goes_on, contents(b"")].iter().flat_map(frame).collect();
-    let error = applier.feed(&frames).unwrap_err();
+    let error = applier.feed(frames.into()).unwrap_err();
     assert!(matches!(&error.kind, ErrorKind::Corrupt(why) if why.contains("gap")), "{error:?}");
 }
 
@@ -379,10 +380,10 @@ fn an_error_names_path_and_rule() {
     let yard = Yard::new();
     let mut applier = yard.applier();
     let bad = Record::File { at: at(2, b"b"), metadata: metadata(), size: 1, basis: Basis::Existing, from: None };
-    let error = applier.feed(&stream(&[root(), directory(1, b"dir"), bad])).unwrap_err();
+    let error = applier.feed(stream(&[root(), directory(1, b"dir"), bad]).into()).unwrap_err();
     assert_eq!(error.to_string(), "cannot apply delta at dir/b");
     assert_eq!(error.kind.to_string(), "malformed data: it builds on a file that the base does not have");
-    assert!(applier.feed(b"more").is_err(), "a failed applier takes nothing more");
+    assert!(applier.feed(Bytes::from_static(b"more")).is_err(), "a failed applier takes nothing more");
 }
 
 #[test]
@@ -400,7 +401,7 @@ fn the_base_is_never_modified_through_a_shared_inode() {
     for base in [Some(open(&base)), None] {
         let sharing = if base.is_some() { Sharing::HardLinked } else { Sharing::Exclusive };
         let mut applier = Applier::new(open(&yard.dest), base, sharing, None, None).unwrap();
-        applier.feed(&stream(&records)).unwrap();
+        applier.feed(stream(&records).into()).unwrap();
         applier.finish().unwrap();
         yard.check_outside();
         assert_eq!(fs::read(&dest).unwrap(), b"Untouched");

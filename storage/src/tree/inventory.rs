@@ -7,12 +7,17 @@
 use std::{
     fs::File,
     io::{BufReader, BufWriter, Read as _, Seek as _, Write as _},
+    mem,
     path::{Path, PathBuf},
+    sync::mpsc::{Receiver, sync_channel},
+    thread::{self, JoinHandle},
+    vec,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
+    behind::Behind,
     entry::{Entry, Stat},
     path::TreePath,
     xattr::XATTRS_LIMIT,
@@ -52,59 +57,103 @@ enum RecordRef<'a> {
     End { entries: u64 },
 }
 
-/// Writes an inventory. Dropped before [`finish`](Self::finish) it leaves a file that is read as truncated.
+/// Whether each record has a checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Checks {
+    /// It has: what is read was written by another process.
+    Kept,
+    /// It has not: the file has no name and is gone with the process.
+    None,
+}
+
+/// How many entries, and how many bytes of records, go from thread to thread at once.
+const BATCH_ENTRIES: usize = 128;
+const BATCH_BYTES: usize = 128 * 1024;
+
+type Batch = Vec<InventoryEntry>;
+
+/// Writes an inventory. Dropped before [`finish`](Self::finish) it leaves a file that is read as truncated. From the second
+/// hundred of entries on they are written on a thread of their own: that one may not be shows at a later call.
 #[derive(Debug)]
 pub struct InventoryWriter {
-    out: BufWriter<File>,
-    path: PathBuf,
     /// The path added last, once there are entries.
     last: TreePath,
     entries: u64,
-    body: Vec<u8>,
+    batch: Batch,
+    path: PathBuf,
+    work: Behind<Encoder, Batch>,
 }
 
 impl InventoryWriter {
     /// Creates the file, which must not exist, with mode 0600.
     pub fn create(path: &Path) -> Result<Self> {
+        Self::with(path, Checks::Kept)
+    }
+
+    pub(super) fn with(path: &Path, checks: Checks) -> Result<Self> {
         use std::os::unix::fs::OpenOptionsExt as _;
         let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|error| Error::io("create inventory", path.display(), error))?;
         let out = BufWriter::with_capacity(64 * 1024, file);
-        let mut writer = Self { out, path: path.to_owned(), last: TreePath::root(), entries: 0, body: Vec::new() };
-        writer.put(MAGIC)?;
-        Ok(writer)
+        let mut encoder = Encoder { out, path: path.to_owned(), body: Vec::new(), checks };
+        encoder.put(MAGIC)?;
+        let work = Behind::new("inventory", encoder, |encoder, batch: Batch| {
+            batch.iter().try_for_each(|entry| encoder.record(&RecordRef::Entry(entry)))
+        });
+        Ok(Self { last: TreePath::root(), entries: 0, batch: Batch::new(), path: path.to_owned(), work })
     }
 
     /// Adds the next entry in walk order.
-    pub fn add(&mut self, entry: &InventoryEntry) -> Result<()> {
+    pub fn add(&mut self, entry: InventoryEntry) -> Result<()> {
         if self.entries > 0 && self.last >= entry.entry.path {
             let why = format!("{} is out of order", entry.entry.path);
             return Err(Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(why)));
         }
         self.last.clone_from(&entry.entry.path);
         self.entries += 1;
-        self.record(&RecordRef::Entry(entry))
+        self.batch.push(entry);
+        if self.batch.len() < BATCH_ENTRIES {
+            return Ok(());
+        }
+        let batch = mem::replace(&mut self.batch, Batch::with_capacity(BATCH_ENTRIES));
+        self.work.hand_over(batch).map_err(|error| self.work.take_failure().unwrap_or(error))
     }
 
     /// Ends the inventory. It is whole, but not durable yet.
-    pub fn finish(mut self) -> Result<()> {
-        self.record(&RecordRef::End { entries: self.entries })?;
-        self.out.flush().map_err(|error| Error::io("write inventory", self.path.display(), error))
+    pub fn finish(self) -> Result<()> {
+        self.end().map(drop)
     }
 
     /// Ends the inventory and reads it back, whether it still has a name or not.
-    pub(super) fn into_reader(mut self) -> Result<InventoryReader> {
-        self.record(&RecordRef::End { entries: self.entries })?;
-        let Self { out, path, .. } = self;
+    pub(super) fn into_reader(self) -> Result<InventoryReader> {
+        let Encoder { out, path, checks, .. } = self.end()?;
         let file = out.into_inner().map_err(std::io::IntoInnerError::into_error).and_then(|mut file| {
             file.rewind()?;
             Ok(file)
         });
-        InventoryReader::of(file.map_err(|error| Error::io("write inventory", path.display(), error))?, &path)
+        InventoryReader::of(file.map_err(|error| Error::io("write inventory", path.display(), error))?, &path, checks)
     }
 
+    fn end(mut self) -> Result<Encoder> {
+        let handed = self.work.here(mem::take(&mut self.batch));
+        handed.map_err(|error| self.work.take_failure().unwrap_or(error))?;
+        let mut encoder = self.work.into_work()?;
+        encoder.record(&RecordRef::End { entries: self.entries })?;
+        encoder.out.flush().map_err(|error| Error::io("write inventory", encoder.path.display(), error))?;
+        Ok(encoder)
+    }
+}
+
+struct Encoder {
+    out: BufWriter<File>,
+    path: PathBuf,
+    body: Vec<u8>,
+    checks: Checks,
+}
+
+impl Encoder {
     fn record(&mut self, record: &RecordRef<'_>) -> Result<()> {
-        let mut body = std::mem::take(&mut self.body);
+        let mut body = mem::take(&mut self.body);
         body.clear();
         let body = postcard::to_extend(record, body).map_err(|error| {
             Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(error.to_string()))
@@ -115,7 +164,9 @@ impl InventoryWriter {
         }
         self.put(&(body.len() as u32).to_le_bytes())?;
         self.put(&body)?;
-        self.put(&blake3::hash(&body).as_bytes()[..CHECK_LENGTH])?;
+        if self.checks == Checks::Kept {
+            self.put(&blake3::hash(&body).as_bytes()[..CHECK_LENGTH])?;
+        }
         self.body = body;
         Ok(())
     }
@@ -125,34 +176,134 @@ impl InventoryWriter {
     }
 }
 
-/// Reads an inventory, entry by entry. After an error it ends.
+/// Reads an inventory, entry by entry. After an error it ends. What comes behind the first hundred of entries is read ahead,
+/// on a thread of its own.
 #[derive(Debug)]
 pub struct InventoryReader {
-    input: BufReader<File>,
-    path: PathBuf,
-    /// The path read last, once there were entries.
-    last: TreePath,
-    entries: u64,
-    ended: bool,
-    body: Vec<u8>,
+    /// Entries that were read and not returned yet.
+    ready: vec::IntoIter<InventoryEntry>,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Here(Box<Decoder>),
+    Ahead { batches: Receiver<Result<Batch>>, thread: JoinHandle<()> },
+    Ended,
 }
 
 impl InventoryReader {
     /// Opens an inventory.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io("open inventory", path.display(), error))?;
-        Self::of(file, path)
+        Self::of(file, path, Checks::Kept)
     }
 
-    fn of(file: File, path: &Path) -> Result<Self> {
+    fn of(file: File, path: &Path, checks: Checks) -> Result<Self> {
         let input = BufReader::with_capacity(64 * 1024, file);
         let (path, last) = (path.to_owned(), TreePath::root());
-        let mut reader = Self { input, path, last, entries: 0, ended: false, body: Vec::new() };
+        let mut decoder =
+            Decoder { input, path, last, entries: 0, ended: false, failed: None, body: Vec::new(), checks };
         let mut magic = [0; MAGIC.len()];
-        reader.fill(&mut magic)?;
-        if magic != MAGIC { Err(reader.corrupt("it is not an inventory")) } else { Ok(reader) }
+        decoder.fill(&mut magic)?;
+        if magic != MAGIC {
+            return Err(decoder.corrupt("it is not an inventory"));
+        }
+        Ok(Self { ready: Batch::new().into_iter(), source: Source::Here(Box::new(decoder)) })
     }
 
+    /// Returns the next entries; none at the end.
+    fn read_on(&mut self) -> Result<Batch> {
+        match mem::replace(&mut self.source, Source::Ended) {
+            Source::Here(mut decoder) => {
+                let batch = decoder.batch()?;
+                if batch.len() >= BATCH_ENTRIES {
+                    self.source = ahead(decoder)?;
+                } else if !batch.is_empty() {
+                    self.source = Source::Here(decoder);
+                }
+                Ok(batch)
+            }
+            Source::Ahead { batches, thread } => match batches.recv() {
+                Ok(Ok(batch)) => {
+                    self.source = Source::Ahead { batches, thread };
+                    Ok(batch)
+                }
+                Ok(Err(error)) => Err(error),
+                Err(_) => match thread.join() {
+                    Ok(()) => Ok(Batch::new()),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                },
+            },
+            Source::Ended => Ok(Batch::new()),
+        }
+    }
+}
+
+/// Reads on, a few batches ahead of whoever takes them.
+fn ahead(mut decoder: Box<Decoder>) -> Result<Source> {
+    let (ready, batches) = sync_channel(2);
+    let shown = decoder.path.display().to_string();
+    let run = move || {
+        loop {
+            match decoder.batch() {
+                Ok(batch) if batch.is_empty() => return,
+                batch => {
+                    let is_last = batch.is_err();
+                    if ready.send(batch).is_err() || is_last {
+                        return;
+                    }
+                }
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("inventory".to_owned()).spawn(run);
+    let thread = thread.map_err(|error| Error::io("read inventory", shown, error))?;
+    Ok(Source::Ahead { batches, thread })
+}
+
+impl Drop for InventoryReader {
+    /// The file is closed when this returns: a pool that lies on it may be going.
+    fn drop(&mut self) {
+        if let Source::Ahead { batches, thread } = mem::replace(&mut self.source, Source::Ended) {
+            drop(batches);
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Iterator for InventoryReader {
+    type Item = Result<InventoryEntry>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(entry) = self.ready.next() {
+            return Some(Ok(entry));
+        }
+        match self.read_on() {
+            Ok(batch) => {
+                self.ready = batch.into_iter();
+                self.ready.next().map(Ok)
+            }
+            Err(error) => Some(Err(error)),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Decoder {
+    input: BufReader<File>,
+    path: PathBuf,
+    /// The path read last, once there were entries.
+    last: TreePath,
+    entries: u64,
+    ended: bool,
+    /// What comes behind the entries that were whole.
+    failed: Option<Error>,
+    body: Vec<u8>,
+    checks: Checks,
+}
+
+impl Decoder {
     fn corrupt(&self, why: &str) -> Error {
         Error::new("read inventory", self.path.display(), ErrorKind::Corrupt(why.to_owned()))
     }
@@ -164,6 +315,29 @@ impl InventoryReader {
         })
     }
 
+    /// Reads entries, as many as go at once; none at the end.
+    fn batch(&mut self) -> Result<Batch> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        let (mut batch, mut bytes) = (Batch::with_capacity(BATCH_ENTRIES), 0);
+        while !self.ended && batch.len() < BATCH_ENTRIES && bytes < BATCH_BYTES {
+            match self.read() {
+                Ok(Some(entry)) => batch.push(entry),
+                Ok(None) => self.ended = true,
+                Err(error) => {
+                    self.ended = true;
+                    if batch.is_empty() {
+                        return Err(error);
+                    }
+                    self.failed = Some(error);
+                }
+            }
+            bytes += self.body.len();
+        }
+        Ok(batch)
+    }
+
     fn read(&mut self) -> Result<Option<InventoryEntry>> {
         let mut length = [0; 4];
         self.fill(&mut length)?;
@@ -171,13 +345,15 @@ impl InventoryReader {
         if length > RECORD_LIMIT {
             return Err(self.corrupt("a record is too long"));
         }
-        let mut body = std::mem::take(&mut self.body);
+        let mut body = mem::take(&mut self.body);
         body.resize(length, 0);
         self.fill(&mut body)?;
-        let mut check = [0; CHECK_LENGTH];
-        self.fill(&mut check)?;
-        if blake3::hash(&body).as_bytes()[..CHECK_LENGTH] != check {
-            return Err(self.corrupt("a checksum differs"));
+        if self.checks == Checks::Kept {
+            let mut check = [0; CHECK_LENGTH];
+            self.fill(&mut check)?;
+            if blake3::hash(&body).as_bytes()[..CHECK_LENGTH] != check {
+                return Err(self.corrupt("a checksum differs"));
+            }
         }
         let record = postcard::from_bytes(&body).map_err(|_| self.corrupt("a record cannot be read"))?;
         self.body = body;
@@ -202,19 +378,6 @@ impl InventoryReader {
             }
             Record::End { .. } => Err(self.corrupt("entries are missing")),
         }
-    }
-}
-
-impl Iterator for InventoryReader {
-    type Item = Result<InventoryEntry>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let next = self.read();
-        self.ended = !matches!(next, Ok(Some(_)));
-        next.transpose()
     }
 }
 
@@ -245,7 +408,7 @@ mod tests {
         let path = folder.join("inventory");
         let entries: Vec<_> = ["", "a", "a/b", "a!"].map(entry).into();
         let mut writer = InventoryWriter::create(&path).unwrap();
-        entries.iter().for_each(|entry| writer.add(entry).unwrap());
+        entries.iter().for_each(|entry| writer.add(entry.clone()).unwrap());
         writer.finish().unwrap();
         (path, entries)
     }
@@ -281,8 +444,8 @@ mod tests {
     fn entries_out_of_order_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = InventoryWriter::create(&folder.path().join("i")).unwrap();
-        writer.add(&entry("b")).unwrap();
-        assert!(writer.add(&entry("a")).is_err());
-        assert!(writer.add(&entry("b")).is_err());
+        writer.add(entry("b")).unwrap();
+        assert!(writer.add(entry("a")).is_err());
+        assert!(writer.add(entry("b")).is_err());
     }
 }

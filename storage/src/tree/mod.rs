@@ -9,6 +9,7 @@
 
 pub mod apply;
 pub mod arrivals;
+mod behind;
 mod blocks;
 mod builder;
 pub mod checkpoints;

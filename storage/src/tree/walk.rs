@@ -15,6 +15,7 @@ use rustix::{
 };
 
 use super::{
+    arrivals::{Facts, Known},
     entry::{Entry, EntryKind, Stat, Status},
     findings::Findings,
     inventory::{InventoryEntry, InventoryReader},
@@ -89,6 +90,9 @@ pub struct Walk {
     last_type: FileType,
     /// What the inode is, where the last entry is a further name of one.
     linked_kind: Option<EntryKind>,
+    /// What has arrived in the tree, where it was received a moment ago.
+    arrived: Option<Known>,
+    facts: Option<Facts>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +130,21 @@ impl Walk {
             name: Vec::new(),
             last_type: FileType::Unknown,
             linked_kind: None,
+            arrived: None,
+            facts: None,
         }
+    }
+
+    /// Says what has arrived in the tree: a file of which all is known is not looked at.
+    #[must_use]
+    pub fn knowing(mut self, arrived: Known) -> Self {
+        self.arrived = Some(arrived);
+        self
+    }
+
+    /// Takes out what is known of the file that was returned last, if it has arrived.
+    pub fn take_facts(&mut self) -> Option<Facts> {
+        self.facts.take()
     }
 
     /// Returns what was left out so far: sockets, and what vanished from a live tree.
@@ -259,8 +277,16 @@ impl Walk {
     /// Reads the entry of this name in the directory on top (the root itself where the name is empty).
     fn entry(&mut self) -> Result<Option<Entry>> {
         let path = if self.name.is_empty() { TreePath::root() } else { self.dirs.path().child(&self.name)? };
+        self.facts = None;
+        let arrived = self.arrived.as_mut().map_or(Ok(None), |arrived| arrived.at(&path))?;
+        let known = match arrived {
+            Some((known, true)) => return Ok(Some(self.as_it_arrived(known))),
+            Some((known, false)) => Some(known),
+            None => None,
+        };
         match self.read_entry(path) {
             Ok(Some(entry)) => {
+                self.facts = known.and_then(|known| Facts::holding(known, &entry));
                 let directory = entry.kind == EntryKind::Directory;
                 self.position = if directory { Position::AtDirectory } else { Position::AtEntry };
                 Ok(Some(entry))
@@ -278,6 +304,17 @@ impl Walk {
             }
             Err(error) => Err(read_error("read", self.dirs.show(&self.name), error)),
         }
+    }
+
+    /// Returns a file that has one name and was left as is known.
+    fn as_it_arrived(&mut self, known: InventoryEntry) -> Entry {
+        let InventoryEntry { mut entry, digest, .. } = known;
+        self.position = Position::AtEntry;
+        self.last_type = FileType::RegularFile;
+        self.linked_kind = None;
+        self.groups.place(&entry.path, &entry.kind, &mut entry.stat);
+        self.facts = Some(Facts { xattrs: Some(std::mem::take(&mut entry.xattrs)), digest });
+        entry
     }
 
     fn read_entry(&mut self, path: TreePath) -> std::result::Result<Option<Entry>, Errno> {

@@ -54,7 +54,11 @@ pub(super) fn check(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), &'static str> {
     }
 }
 
-/// Reads attributes; keeps its buffer from one entry to the next.
+/// How long a list of names is asked for first, in bytes: the kernel makes a buffer of the length that is offered it, and most
+/// entries have few attributes.
+const SHORT_LIST: usize = 256;
+
+/// Reads attributes; keeps its buffers from one entry to the next.
 #[derive(Debug)]
 pub(super) struct XattrReader {
     list: Vec<u8>,
@@ -66,16 +70,23 @@ impl XattrReader {
         Self { list: vec![0; XATTR_LIMIT], value: vec![0; XATTR_LIMIT] }
     }
 
+    fn list(&mut self, ask: impl Fn(&mut [u8]) -> Result<usize, Errno>) -> Result<usize, Errno> {
+        match ask(&mut self.list[..SHORT_LIST]) {
+            Err(Errno::RANGE) => ask(&mut self.list),
+            other => other,
+        }
+    }
+
     /// Reads the preserved attributes of an entry (of the directory itself where the name is empty), sorted by name.
     pub(super) fn read(&mut self, directory: BorrowedFd<'_>, name: &[u8]) -> Result<Xattrs, Errno> {
         let path = magic_path(directory, name);
-        let listed = rustix::fs::llistxattr(path.as_slice(), self.list.as_mut_slice());
+        let listed = self.list(|list| rustix::fs::llistxattr(path.as_slice(), list));
         self.values(listed, |key, value| rustix::fs::lgetxattr(path.as_slice(), key, value))
     }
 
     /// Reads the preserved attributes of an open file, sorted by name.
     pub(super) fn read_open(&mut self, file: BorrowedFd<'_>) -> Result<Xattrs, Errno> {
-        let listed = rustix::fs::flistxattr(file, self.list.as_mut_slice());
+        let listed = self.list(|list| rustix::fs::flistxattr(file, list));
         self.values(listed, |key, value| rustix::fs::fgetxattr(file, key, value))
     }
 

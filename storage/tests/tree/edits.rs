@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use bytes::Bytes;
 use flocker_storage::{
     delta::Compare,
     tree::{apply::Sharing, listing::listing, write::DeltaWriter},
@@ -158,7 +159,7 @@ proptest! {
         stage(sharing, base, &dest);
         let points = Points::default();
         let mut whole = applier(&dest, Some(base), sharing, None, &points).unwrap();
-        stream.chunks(5000).for_each(|piece| whole.feed(piece).unwrap());
+        stream.chunks(5000).for_each(|piece| whole.feed(Bytes::copy_from_slice(piece)).unwrap());
         whole.finish().unwrap();
         assert_equal(target, &dest);
 
@@ -172,7 +173,7 @@ proptest! {
             let mut left = None;
             for piece in stream.chunks(500) {
                 if left == Some(0) { break; }
-                broken.feed(piece).unwrap();
+                broken.feed(Bytes::copy_from_slice(piece)).unwrap();
                 broken.settle().unwrap();
                 if seen.lock().unwrap().last() == Some(&point) && left.is_none() {
                     left = Some(beyond / 500 + 1);
@@ -181,7 +182,7 @@ proptest! {
             }
             drop(broken);
             let mut resumed = applier(&dest, Some(base), sharing, Some(point.clone()), &seen).unwrap();
-            write(Some(&point)).chunks(5000).for_each(|piece| resumed.feed(piece).unwrap());
+            write(Some(&point)).chunks(5000).for_each(|piece| resumed.feed(Bytes::copy_from_slice(piece)).unwrap());
             resumed.finish().unwrap();
             assert_equal(target, &dest);
         }

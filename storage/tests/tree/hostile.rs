@@ -2,6 +2,7 @@
 
 use std::{fs, os::unix::fs::symlink, sync::OnceLock};
 
+use bytes::Bytes;
 use flocker_storage::tree::{apply::Sharing, listing::listing};
 use proptest::prelude::*;
 
@@ -30,7 +31,7 @@ fn take_in(bytes: &[u8]) {
     symlink(&outside, dest.join("a")).unwrap();
     let before = listing(&outside).unwrap();
     let mut applier = applier(&dest, None, Sharing::Exclusive, None, &Points::default()).unwrap();
-    let _ = applier.feed(bytes).and_then(|()| applier.finish());
+    let _ = applier.feed(Bytes::copy_from_slice(bytes)).and_then(|()| applier.finish());
     assert_eq!(listing(&outside).unwrap(), before);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
 }

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use bytes::Bytes;
 use flocker_storage::{
     delta::{CHUNK_LIMIT, Compare, ResumePoint},
     error::Result,
@@ -111,7 +112,7 @@ pub(crate) fn apply(stream: &[u8], dest: &Path, base: Option<&Path>, sharing: Sh
     let mut applier = applier(dest, base, sharing, None, &Points::default())?;
     // Cut at odd places: the applier must not depend on where.
     for piece in stream.chunks(4099) {
-        applier.feed(piece)?;
+        applier.feed(Bytes::copy_from_slice(piece))?;
     }
     applier.finish()
 }

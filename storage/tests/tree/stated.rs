@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bytes::Bytes;
 use flocker_storage::{
     delta::{Compare, ResumePoint},
     error::{Error, ErrorKind},
@@ -47,7 +48,7 @@ impl Sample {
         for entry in Walk::new(Root::open(&source).unwrap(), Links::ByInode) {
             let entry = entry.unwrap();
             let digest = fs::read(source.join(entry.path.as_path())).ok().map(|bytes| *blake3::hash(&bytes).as_bytes());
-            writer.add(&InventoryEntry { entry, origin: None, digest }).unwrap();
+            writer.add(InventoryEntry { entry, origin: None, digest }).unwrap();
         }
         writer.finish().unwrap();
         Self { folder, source }
@@ -69,7 +70,7 @@ impl Sample {
         let (points, dest) = (Points::default(), self.dest());
         let arrivals = Arrivals::begin(self.folder.path(), Sight::Whole).unwrap();
         let mut applier = applier(&dest, None, Sharing::Exclusive, resume, &points).unwrap().noting(arrivals);
-        let fed = stream.chunks(70_000).try_for_each(|piece| applier.feed(piece));
+        let fed = stream.chunks(70_000).try_for_each(|piece| applier.feed(Bytes::copy_from_slice(piece)));
         let applied = fed.and_then(|()| applier.finish());
         let points = std::mem::take(&mut *points.lock().unwrap());
         (applied, points)
@@ -80,7 +81,7 @@ impl Sample {
         let points = Points::default();
         let mut applier = applier(&self.dest(), None, Sharing::Exclusive, None, &points).unwrap();
         for piece in stream.chunks(1000) {
-            applier.feed(piece).unwrap();
+            applier.feed(Bytes::copy_from_slice(piece)).unwrap();
             applier.settle().unwrap();
             if points.lock().unwrap().len() == 3 {
                 break;
@@ -139,10 +140,10 @@ fn a_file_of_several_records_without_holes_has_its_digest_stated() {
 
 #[track_caller]
 fn assert_knows_digest(sample: &Sample, applied: Applied) {
-    let mut known = applied.arrivals.unwrap().into_known().unwrap();
-    let walk = Walk::new(Root::open(sample.dest()).unwrap(), Links::ByInode);
-    let large = walk.map(Result::unwrap).find(|entry| entry.path.as_path() == Path::new("large")).unwrap();
-    assert_eq!(known.of(&large).unwrap().unwrap().digest, Some(sample.digest("large")));
+    let known = applied.arrivals.unwrap().into_known().unwrap();
+    let mut walk = Walk::new(Root::open(sample.dest()).unwrap(), Links::ByInode).knowing(known);
+    walk.find(|entry| entry.as_ref().unwrap().path.as_path() == Path::new("large")).unwrap().unwrap();
+    assert_eq!(walk.take_facts().unwrap().digest, Some(sample.digest("large")));
 }
 
 #[test]

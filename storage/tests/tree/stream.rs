@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use bytes::Bytes;
 use flocker_storage::{
     delta::{Compare, ResumePoint},
     error::ErrorKind,
@@ -91,7 +92,7 @@ fn comparing_contents_sees_what_metadata_hides() {
         let mut writer = InventoryWriter::create(&path).unwrap();
         for entry in Walk::new(Root::open(tree).unwrap(), Links::ByInode) {
             let entry = entry.unwrap();
-            writer.add(&InventoryEntry { entry, origin: Some(Default::default()), digest: None }).unwrap();
+            writer.add(InventoryEntry { entry, origin: Some(Default::default()), digest: None }).unwrap();
         }
         writer.finish().unwrap();
         path
@@ -123,7 +124,7 @@ fn link_groups_come_from_the_inventory_where_trees_share_inodes() {
     let path = folder.path().join("inventory");
     let mut writer = InventoryWriter::create(&path).unwrap();
     for entry in Walk::new(Root::open(&head).unwrap(), Links::ByInode) {
-        writer.add(&InventoryEntry { entry: entry.unwrap(), origin: None, digest: None }).unwrap();
+        writer.add(InventoryEntry { entry: entry.unwrap(), origin: None, digest: None }).unwrap();
     }
     writer.finish().unwrap();
     let links = Links::Inventory(Box::new(InventoryReader::open(&path).unwrap()));
@@ -174,7 +175,7 @@ fn a_stream_goes_on_from_every_checkpoint() {
             stage(sharing, &trees.base, &scratch);
         }
         let mut first = applier(&scratch, base, sharing, None, &all).unwrap();
-        first.feed(&stream).unwrap();
+        first.feed(stream.clone().into()).unwrap();
         first.finish().unwrap();
         assert_equal(&trees.target, &scratch);
         let count = all.lock().unwrap().len();
@@ -190,7 +191,7 @@ fn a_stream_goes_on_from_every_checkpoint() {
             let mut point = None;
             let mut more = 330;
             for piece in stream.chunks(1000) {
-                broken.feed(piece).unwrap();
+                broken.feed(Bytes::copy_from_slice(piece)).unwrap();
                 broken.settle().unwrap();
                 point = point.or_else(|| points.lock().unwrap().get(wanted).cloned());
                 more -= i32::from(point.is_some());
@@ -202,7 +203,7 @@ fn a_stream_goes_on_from_every_checkpoint() {
             let point = point.unwrap();
             let rest = drain(writer_with_checkpoints(&trees, with_base, Some(&point)));
             let mut resumed = applier(&dest, base, sharing, Some(point), &points).unwrap();
-            rest.chunks(7777).for_each(|piece| resumed.feed(piece).unwrap());
+            rest.chunks(7777).for_each(|piece| resumed.feed(Bytes::copy_from_slice(piece)).unwrap());
             resumed.finish().unwrap();
             assert_equal(&trees.target, &dest);
         }
@@ -217,7 +218,7 @@ fn what_was_taken_in_is_not_sent_again() {
     stage_linked(&trees.base, &dest);
     let points = Points::default();
     let mut taken = applier(&dest, Some(&trees.base), Sharing::HardLinked, None, &points).unwrap();
-    taken.feed(&stream).unwrap();
+    taken.feed(stream.clone().into()).unwrap();
     taken.settle().unwrap();
     let last = points.lock().unwrap().last().cloned().unwrap();
     let rest = drain(writer_with_checkpoints(&trees, true, Some(&last)));
@@ -231,11 +232,11 @@ fn a_stream_that_starts_elsewhere_is_refused() {
     let dest = trees.folder.make("dest");
     let points = Points::default();
     let mut taken = applier(&dest, None, Sharing::Exclusive, None, &points).unwrap();
-    taken.feed(&stream).unwrap();
+    taken.feed(stream.clone().into()).unwrap();
     taken.settle().unwrap();
     let point = points.lock().unwrap()[3].clone();
     let mut other = applier(&dest, None, Sharing::Exclusive, Some(point), &points).unwrap();
-    assert!(matches!(other.feed(&stream).unwrap_err().kind, ErrorKind::Corrupt(_)));
+    assert!(matches!(other.feed(stream.clone().into()).unwrap_err().kind, ErrorKind::Corrupt(_)));
 }
 
 #[test]
@@ -244,7 +245,7 @@ fn a_resume_point_into_a_file_that_is_not_there_is_stale() {
     let stream = drain(writer_with_checkpoints(&trees, false, None));
     let dest = trees.folder.make("dest");
     let points = Points::default();
-    applier(&dest, None, Sharing::Exclusive, None, &points).unwrap().feed(&stream).unwrap();
+    applier(&dest, None, Sharing::Exclusive, None, &points).unwrap().feed(stream.clone().into()).unwrap();
     let mut stale = 0;
     let empty = trees.folder.make("empty");
     for point in points.lock().unwrap().iter() {

@@ -363,13 +363,13 @@ impl Receiving for BtrfsReceiving {
 }
 
 impl Work {
-    fn take(&mut self, chunk: &[u8]) -> Result<()> {
+    fn take(&mut self, chunk: Bytes) -> Result<()> {
         self.progress.took(chunk.len());
         match &mut self.taker {
             Taker::Tree(applier) => applier.feed(chunk),
             Taker::Kernel(stream) => {
                 let object = self.request.snapshot.id;
-                stream.write(chunk).map_err(|kind| Error::new(OPERATION, object, kind))
+                stream.write(&chunk).map_err(|kind| Error::new(OPERATION, object, kind))
             }
         }
     }

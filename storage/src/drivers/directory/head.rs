@@ -170,9 +170,9 @@ impl Pool {
         while let Some(pair) = joined.next()? {
             match pair {
                 Pair::Both(entry, record) => {
-                    baseline.add(&InventoryEntry { entry, origin: None, digest: record.digest })?;
+                    baseline.add(InventoryEntry { entry, origin: None, digest: record.digest })?;
                 }
-                Pair::New(entry) => baseline.add(&InventoryEntry { entry, origin: None, digest: None })?,
+                Pair::New(entry) => baseline.add(InventoryEntry { entry, origin: None, digest: None })?,
                 // Not permitted to this user (a device node): then the head lacks it.
                 Pair::Gone(_) => {}
             }

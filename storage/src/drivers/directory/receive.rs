@@ -244,7 +244,7 @@ impl Receiving for DirectoryReceiving {
 }
 
 impl Work {
-    fn take(&mut self, chunk: &[u8]) -> Result<()> {
+    fn take(&mut self, chunk: Bytes) -> Result<()> {
         self.progress.took(chunk.len());
         self.applier.feed(chunk)
     }
@@ -321,15 +321,16 @@ impl Pool {
 /// written everything is known but what came before a break; only that is read.
 fn write_inventory(dir: &Path, base: Option<InventoryReader>, arrivals: Arrivals) -> Result<(u64, bool)> {
     let (mut bytes, mut changed) = (0, false);
-    let mut arrived = arrivals.into_known()?;
+    let arrived = arrivals.into_known()?;
     let links = match base {
-        Some(base) => Links::Linked(Box::new(base), arrived.take_further_names()),
+        Some(base) => Links::Linked(Box::new(base), arrived.further_names()),
         None => Links::ByInode,
     };
-    let mut walk = Walk::with(Root::open(dir.join("tree"))?, links, Motion::Still, Attributes::OnDemand);
+    let tree = Root::open(dir.join("tree"))?;
+    let mut walk = Walk::with(tree, links, Motion::Still, Attributes::OnDemand).knowing(arrived);
     let mut writer = InventoryWriter::create(&dir.join("inventory"))?;
     while let Some(mut entry) = walk.next().transpose()? {
-        let facts = arrived.of(&entry)?;
+        let facts = walk.take_facts();
         let is_kept =
             |record: &&InventoryEntry| entry.kind != EntryKind::Directory && entry.stat.ino == record.entry.stat.ino;
         let kept = walk.recorded().filter(is_kept).map(|record| (record.entry.xattrs.clone(), record.digest));
@@ -356,7 +357,7 @@ fn write_inventory(dir: &Path, base: Option<InventoryReader>, arrivals: Arrivals
             }
         }
         bytes += logical_bytes(&item.entry.kind);
-        writer.add(&item)?;
+        writer.add(item)?;
     }
     writer.finish()?;
     Ok((bytes, changed || walk.lacks_some()))

@@ -237,7 +237,7 @@ impl Making {
             (None, EntryKind::File { .. }, Compare::Contents) => digest_beneath(&self.tree, &entry.path)?,
             _ => known,
         };
-        self.baseline.add(&InventoryEntry { entry, origin: None, digest })
+        self.baseline.add(InventoryEntry { entry, origin: None, digest })
     }
 }
 
@@ -263,7 +263,7 @@ fn write_inventory(stage: &Stage, previous: Previous) -> Result<bool> {
             return Ok(false);
         }
         let digest = record.and_then(|record| record.digest);
-        writer.add(&InventoryEntry { entry, origin: None, digest })?;
+        writer.add(InventoryEntry { entry, origin: None, digest })?;
     }
     writer.finish()?;
     Ok(true)

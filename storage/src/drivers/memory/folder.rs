@@ -164,7 +164,7 @@ pub(super) fn apply_portable(base: Option<&Tree>, delta: &[u8]) -> Result<Tree> 
         None => None,
     };
     let mut applier = Applier::new(root, kept, Sharing::Exclusive, None, None)?;
-    applier.feed(delta)?;
+    applier.feed(Bytes::copy_from_slice(delta))?;
     applier.finish()?;
     import(&path).map_err(failed)
 }

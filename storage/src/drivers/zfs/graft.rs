@@ -26,6 +26,7 @@ use crate::{
         write::{DeltaWriter, Side},
     },
 };
+use bytes::Bytes;
 
 /// A receive of a tree. The fields go in this order: first the files are closed.
 pub(super) struct Graft {
@@ -88,7 +89,7 @@ impl Graft {
         Ok(Self { applier: Some(applier), base, stage })
     }
 
-    pub(super) fn write(&mut self, chunk: &[u8]) -> Result<()> {
+    pub(super) fn write(&mut self, chunk: Bytes) -> Result<()> {
         match &mut self.applier {
             Some(applier) => applier.feed(chunk),
             None => Err(Error::new(OPERATION, "stream", ErrorKind::Corrupt("the receive failed before".to_owned()))),
@@ -150,7 +151,7 @@ fn put_back(pool: &Pool, stage: &Stage, top: &View, base: &View) -> Result<()> {
     let (destination, root) = (Root::open(&stage.path)?, Root::open(top.path())?);
     let mut applier = Applier::new(destination, Some(root), Sharing::Exclusive, None, None)?;
     while let Some(chunk) = writer.next_chunk()? {
-        applier.feed(&chunk)?;
+        applier.feed(chunk)?;
     }
     applier.finish()?;
     Ok(())

@@ -327,9 +327,9 @@ struct Work {
 }
 
 impl Work {
-    fn take(&mut self, chunk: &[u8]) -> Result<()> {
+    fn take(&mut self, chunk: Bytes) -> Result<()> {
         match &mut self.taker {
-            Taker::Native(arrival) => arrival.write(&self.task, chunk),
+            Taker::Native(arrival) => arrival.write(&self.task, &chunk),
             Taker::Tree(graft) => graft.write(chunk),
         }
     }

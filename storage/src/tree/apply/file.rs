@@ -7,7 +7,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Applier, Sharing};
+use super::{
+    Applier, Sharing,
+    tail::{Becomes, Before, Closed, Step},
+};
 use crate::{
     error::{Error, ErrorKind, Result},
     tree::{
@@ -16,7 +19,7 @@ use crate::{
         entry::{Metadata, Status},
         path::TreePath,
         root::{magic_path, open_entry},
-        wire::{Basis, DATA_LIMIT, Rule},
+        wire::{Basis, Rule},
     },
 };
 
@@ -215,19 +218,25 @@ impl Applier {
         self.file = Some(file);
     }
 
+    /// Ends the open file. What needs its directory is done here; the rest behind.
     pub(super) fn close_file(&mut self) -> Result<()> {
         let Some(mut file) = self.file.take() else { return Ok(()) };
-        let digest = self.digest.end_data();
-        if let Contents::Stated(stated) = file.contents {
-            self.verify_contents(&file, digest, stated)?;
-        }
+        let is_whole = file.whole == Some(file.size);
+        let stated = match file.contents {
+            Contents::Stated(_) if !is_whole => return Err(self.corrupt_at(file.name(), STATED_GAP)),
+            Contents::Stated(digest) => Some(digest),
+            Contents::Open | Contents::Counted => None,
+        };
         self.resize(&mut file)?;
-        let is = self.builder.finish_file(&file.fd, file.name(), &file.metadata, file.origin)?;
         self.advance(&file.path, None);
-        if let Some(arrivals) = &mut self.arrivals {
-            let digest = (file.whole == Some(file.size)).then_some(digest);
-            arrivals.file(self.builder.entry_of(&file.fd, file.path, is)?, digest)?;
-        }
+        let OpenFile { fd, path, metadata, origin, .. } = file;
+        let becomes = if origin == Origin::Fresh && metadata.xattrs.is_empty() {
+            Becomes::Plain(fd, metadata)
+        } else {
+            self.builder.finish_file(&fd, path.name(), &metadata, origin)?;
+            Becomes::Finished(self.notes.then(|| self.builder.entry_of(&fd, path.clone())).transpose()?)
+        };
+        self.tail.add(Step::Closed(Box::new(Closed { path, becomes, stated, is_whole })));
         Ok(())
     }
 
@@ -239,48 +248,22 @@ impl Applier {
         if file.contents != Contents::Open {
             return Err(self.corrupt_at(file.name(), "the digest of its contents comes twice, or builds on other data"));
         }
-        self.digest.state();
-        self.hash_what_is_there(&file)?;
+        let before = if file.written > 0 { Some(self.before(&file)?) } else { None };
+        self.tail.add(Step::Stated(before));
         file.whole = Some(file.written);
         file.contents = Contents::Stated(digest);
         self.file = Some(file);
         Ok(())
     }
 
-    fn hash_what_is_there(&mut self, file: &OpenFile) -> Result<()> {
-        if file.written == 0 {
-            return Ok(());
-        }
-        let error = |error: Errno| self.builder.error("read", file.name(), error);
+    fn before(&self, file: &OpenFile) -> Result<Before> {
         let is = self.builder.status_of(&file.fd, file.name())?.stat;
         if file.written.saturating_sub(is.blocks.saturating_mul(512)) > HASHED_HOLES_LIMIT {
             return Err(self.corrupt_at(file.name(), STATED_GAP));
         }
-        let mut buffer = vec![0; DATA_LIMIT];
-        let mut at = 0;
-        while at < file.written {
-            let room = buffer.len().min((file.written - at) as usize);
-            let count = data::read_at(file.fd.as_fd(), &mut buffer[..room], at).map_err(error)?;
-            if count == 0 {
-                return Err(error(Errno::STALE));
-            }
-            self.digest.data(&buffer[..count]);
-            at += count as u64;
-        }
-        Ok(())
-    }
-
-    /// Compares a file that has all its data with the digest that was stated.
-    fn verify_contents(&self, file: &OpenFile, digest: [u8; 32], stated: [u8; 32]) -> Result<()> {
-        if file.whole != Some(file.size) {
-            return Err(self.corrupt_at(file.name(), STATED_GAP));
-        }
-        if digest == stated {
-            return Ok(());
-        }
-        let rule = "its contents are not those that its snapshot was made with: they were damaged at the sender \
-                    (`flocker verify --checksum` there tells), or on their way";
-        Err(self.corrupt_at(file.name(), rule))
+        let fd = rustix::io::fcntl_dupfd_cloexec(&file.fd, 0);
+        let fd = fd.map_err(|error| self.builder.error("open", file.name(), error))?;
+        Ok(Before { file: fd, path: file.path.clone(), length: file.written })
     }
 
     fn resize(&self, file: &mut OpenFile) -> Result<()> {
@@ -296,4 +279,14 @@ impl Applier {
         let found = rustix::fs::fstat(fd).map_err(|error: Errno| self.builder.error("read", name, error))?;
         Ok(found.st_size.unsigned_abs())
     }
+}
+
+/// Compares a file that has all its data with the digest that was stated.
+pub(super) fn verify_contents(path: &TreePath, digest: [u8; 32], stated: [u8; 32]) -> Result<()> {
+    if digest == stated {
+        return Ok(());
+    }
+    let rule = "its contents are not those that its snapshot was made with: they were damaged at the sender \
+                (`flocker verify --checksum` there tells), or on their way";
+    Err(Error::new("apply delta at", path, ErrorKind::Corrupt(rule.to_owned())))
 }

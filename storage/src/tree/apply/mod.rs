@@ -14,21 +14,25 @@
 //! Records after a checkpoint may be taken in a second time, after a break: each has the same result then.
 
 mod file;
+mod tail;
 
 use std::{fmt, os::fd::AsFd as _};
 
+use bytes::Bytes;
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 
-use self::file::OpenFile;
+use self::{
+    file::OpenFile,
+    tail::{Step, Tail},
+};
 use super::{
     arrivals::Arrivals,
     builder::Builder,
-    checkpoints::{Checkpoints, OnCheckpoint},
+    checkpoints::OnCheckpoint,
     data::Reflinks,
     entry::Metadata,
     path::TreePath,
     root::Root,
-    stream_digest::StreamDigest,
     wire::{FRAME_HEAD, FRAME_LIMIT, Place, Position, Record, Rule},
     write::Summary,
 };
@@ -67,11 +71,14 @@ pub struct Applier {
     builder: Builder,
     base: Option<Root>,
     sharing: Sharing,
-    checkpoints: Checkpoints,
+    on_checkpoint: Option<OnCheckpoint>,
     state: State,
     /// Bytes of a frame that is not complete.
     buffer: Vec<u8>,
-    digest: StreamDigest,
+    /// What is done behind: the digest, and what files are given when they have their data.
+    tail: Tail,
+    /// What is known of each file is taken down.
+    notes: bool,
     /// Where the stream was told to start.
     resume: Option<Position>,
     /// How far it is.
@@ -83,7 +90,6 @@ pub struct Applier {
     reflinks: Reflinks,
     left_out: bool,
     summary: Summary,
-    arrivals: Option<Arrivals>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,13 +119,14 @@ impl Applier {
     ) -> Result<Self> {
         let resume = resume.as_ref().map(Position::from_point).transpose()?;
         Ok(Self {
+            tail: Tail::new(&dest, None),
             builder: Builder::new(dest),
             base,
             sharing,
-            checkpoints: Checkpoints::new(on_checkpoint),
+            on_checkpoint,
             state: State::Start,
             buffer: Vec::new(),
-            digest: StreamDigest::default(),
+            notes: false,
             position: resume.clone(),
             resume,
             levels: Vec::new(),
@@ -128,34 +135,36 @@ impl Applier {
             reflinks: Reflinks::Untried,
             left_out: false,
             summary: Summary::default(),
-            arrivals: None,
         })
     }
 
     /// Takes down what is known of each file when it is written.
     #[must_use]
     pub fn noting(mut self, arrivals: Arrivals) -> Self {
-        self.arrivals = Some(arrivals);
+        self.notes = true;
+        self.tail = Tail::new(self.builder.root(), Some(arrivals));
         self
     }
 
-    /// Takes the next bytes.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<()> {
-        let taken = self.take(bytes);
-        if taken.is_err() {
+    /// Takes the next bytes. That they were damaged may show at a later call; when the last ones were fed it has shown.
+    pub fn feed(&mut self, bytes: Bytes) -> Result<()> {
+        self.take(bytes).map_err(|error| {
             self.state = State::Failed;
-        }
-        taken
+            // What failed behind was earlier in the stream.
+            self.tail.take_failure().unwrap_or(error)
+        })
     }
 
     /// Takes out what could not be kept so far, and why.
     pub fn take_findings(&mut self) -> Vec<Finding> {
-        self.builder.take_findings()
+        let mut findings = self.builder.take_findings();
+        findings.append(&mut self.tail.take_findings());
+        findings
     }
 
-    /// Waits until the checkpoints that were passed are durable and told.
+    /// Waits until all that was fed is checked, and the checkpoints that were passed are durable and told.
     pub fn settle(&mut self) -> Result<()> {
-        self.checkpoints.settle()
+        self.tail.settle()
     }
 
     /// Checks that the stream was complete, and makes all of it durable.
@@ -171,21 +180,20 @@ impl Applier {
         if self.state != State::Ended {
             return Err(self.corrupt("the stream is truncated"));
         }
-        self.checkpoints.settle()?;
-        let findings = self.builder.take_findings();
-        Ok(Applied { summary: self.summary, findings, arrivals: self.arrivals })
+        let mut findings = self.builder.take_findings();
+        let (mut behind, arrivals) = self.tail.finish()?;
+        findings.append(&mut behind);
+        Ok(Applied { summary: self.summary, findings, arrivals })
     }
 
-    fn take(&mut self, mut bytes: &[u8]) -> Result<()> {
+    fn take(&mut self, mut bytes: Bytes) -> Result<()> {
         if self.state == State::Failed {
             return Err(self.corrupt("the stream has failed before"));
         }
         while !bytes.is_empty() {
-            let whole = if self.buffer.is_empty() { self.whole_frames(bytes)? } else { 0 };
+            let whole = if self.buffer.is_empty() { self.whole_frames(&bytes)? } else { 0 };
             if whole > 0 {
-                let (frames, rest) = bytes.split_at(whole);
-                self.frames(frames)?;
-                bytes = rest;
+                self.frames(&bytes.split_to(whole))?;
                 continue;
             }
             if self.state == State::Ended {
@@ -194,13 +202,10 @@ impl Applier {
             // A frame cut by the end of the piece: gather as much as it lacks.
             let wanted = self.frame_length(&self.buffer)?.unwrap_or(FRAME_HEAD);
             let count = (wanted - self.buffer.len()).min(bytes.len());
-            self.buffer.extend_from_slice(&bytes[..count]);
-            bytes = &bytes[count..];
+            self.buffer.extend_from_slice(&bytes.split_to(count));
             if self.frame_length(&self.buffer)? == Some(self.buffer.len()) {
                 let frame = std::mem::take(&mut self.buffer);
-                self.frames(&frame)?;
-                self.buffer = frame;
-                self.buffer.clear();
+                self.frames(&frame.into())?;
             }
         }
         Ok(())
@@ -215,9 +220,9 @@ impl Applier {
         Ok(whole)
     }
 
-    /// Acts on frames, and takes them into the digest.
-    fn frames(&mut self, frames: &[u8]) -> Result<()> {
-        let (mut at, mut hashed) = (0, 0);
+    /// Acts on frames. They are taken into the digest behind, in the same order.
+    fn frames(&mut self, frames: &Bytes) -> Result<()> {
+        let (mut at, mut told) = (0, 0);
         while let Some(length) = self.frame_length(&frames[at..])? {
             if self.state == State::Ended {
                 return Err(self.corrupt("bytes follow the end of the stream"));
@@ -225,21 +230,27 @@ impl Applier {
             let end = at + length;
             let record = Record::decode(&frames[at + FRAME_HEAD..end]).map_err(|rule| self.corrupt(rule))?;
             if let Record::Data { bytes, .. } = &record {
-                self.digest.frames(&frames[hashed..end - bytes.0.len()]);
-                self.digest.data(bytes.0);
-                hashed = end;
+                let data = end - bytes.0.len();
+                self.tail.add(Step::Frames(told..data));
+                self.tail.add(Step::Data(data..end));
+                told = end;
             } else if record.is_digest() {
-                self.digest.frames(&frames[hashed..at]);
-                hashed = end;
-            } else if record.place().is_some() && self.digest.has_data() {
-                self.digest.frames(&frames[hashed..at]);
-                hashed = at;
+                self.tail.add(Step::Frames(told..at));
+                told = end;
+            } else if record.place().is_some() && self.file.is_some() {
+                self.tail.add(Step::Frames(told..at));
+                told = at;
             }
             self.act(record)?;
             at = end;
+            if self.tail.is_full() {
+                self.tail.hand_over(frames)?;
+            }
         }
-        self.digest.frames(&frames[hashed..]);
-        Ok(())
+        self.tail.add(Step::Frames(told..frames.len()));
+        self.tail.hand_over(frames)?;
+        // Whoever has fed all of a stream knows whether it was whole.
+        if self.state == State::Ended { self.tail.rest() } else { Ok(()) }
     }
 
     /// Returns how long a frame is, head included; `None` while its head is not complete.
@@ -272,8 +283,8 @@ impl Applier {
             Record::Checkpoint { digest } => self.checkpoint(digest),
             Record::End { entries, logical_bytes, digest } => {
                 self.close_file()?;
-                let found = self.digest.end(entries, logical_bytes);
-                self.verify(found, digest)?;
+                let behind = self.behind();
+                self.tail.add(Step::End { entries, logical_bytes, digest, behind });
                 self.builder.leave_to(0)?;
                 self.summary = Summary { entries, logical_bytes };
                 self.state = State::Ended;
@@ -369,8 +380,8 @@ impl Applier {
             return Err(self.corrupt_at(name, "it is another name of an entry that is not there"));
         };
         if self.builder.link(parent.as_fd(), to.name(), name)? {
-            if let Some(arrivals) = &mut self.arrivals {
-                arrivals.further_name(to);
+            if self.notes {
+                self.tail.add(Step::FurtherName(to.clone()));
             }
             return Ok(());
         }
@@ -390,19 +401,21 @@ impl Applier {
         }
     }
 
-    fn verify(&self, found: [u8; 32], told: [u8; 32]) -> Result<()> {
-        if found != told {
-            return Err(self.corrupt("a digest differs: what arrived was damaged at the sender, or on its way"));
-        }
+    fn checkpoint(&mut self, digest: [u8; 32]) -> Result<()> {
+        let keep = match (&self.position, &mut self.on_checkpoint) {
+            (Some(position), Some(on_checkpoint)) => {
+                Some((self.builder.root().try_clone()?, on_checkpoint(position.to_point()?)))
+            }
+            _ => None,
+        };
+        let behind = self.behind();
+        self.tail.add(Step::Checkpoint { digest, behind, keep });
         Ok(())
     }
 
-    fn checkpoint(&mut self, digest: [u8; 32]) -> Result<()> {
-        let found = self.digest.take();
-        self.verify(found, digest)?;
-        let Some(position) = &self.position else { return Ok(()) };
-        let point = position.to_point()?;
-        self.checkpoints.begin(self.builder.root().try_clone()?, point)
+    /// The last path that was taken in.
+    fn behind(&self) -> Option<TreePath> {
+        self.position.as_ref().map(|position| position.path.clone())
     }
 
     fn show(&self, name: &[u8]) -> String {
