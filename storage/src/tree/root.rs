@@ -144,12 +144,12 @@ impl Nearby {
         Ok(self.kept.insert(kept).fd.as_fd())
     }
 
-    /// Opens an entry as [`Root::open_beneath`] does.
+    /// Opens an entry for reading as [`Root::open_beneath`] does; its access time stays.
     pub(super) fn open(&mut self, root: &Root, entry: &TreePath, flags: OFlags) -> Result<OwnedFd> {
         if entry.is_root() {
             return root.open_beneath(entry, flags);
         }
-        let opened = open_entry(self.parent(root, entry)?, entry.name(), flags);
+        let opened = open_quietly(self.parent(root, entry)?, entry.name(), flags);
         opened.map_err(|error| Error::io("open", root.show(entry), error))
     }
 }
@@ -168,6 +168,19 @@ fn open_in(from: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> std::result::Res
 /// Opens one entry of an open directory for reading, through no symbolic link.
 pub(super) fn open_entry(directory: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     open_in(directory, name, flags | OFlags::CLOEXEC | OFlags::NOFOLLOW)
+}
+
+/// Opens one entry as [`open_entry`] does, so that reading it leaves its access time alone: of a whole tree those would all be
+/// written. Only the owner and root may ask for that (open(2)); for others it is as it always was.
+pub(super) fn open_quietly(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
+    flags: OFlags,
+) -> std::result::Result<OwnedFd, Errno> {
+    match open_entry(directory, name, flags | OFlags::NOATIME) {
+        Err(Errno::PERM) => open_entry(directory, name, flags),
+        other => other,
+    }
 }
 
 /// A path by which the `l*` calls that take no descriptor reach an entry of an open directory.

@@ -20,7 +20,7 @@ use super::{
     findings::Findings,
     inventory::{InventoryEntry, InventoryReader},
     path::TreePath,
-    root::{DirStack, Root, open_entry, read_error},
+    root::{DirStack, Root, open_entry, open_quietly, read_error},
     witness::{self, Witness},
     xattr::XattrReader,
 };
@@ -164,13 +164,13 @@ impl Walk {
         }
     }
 
-    /// Opens the entry that was returned last (`O_NOFOLLOW` and `O_CLOEXEC` are added).
+    /// Opens the entry that was returned last for reading (`O_NOFOLLOW` and `O_CLOEXEC` are added); its access time stays.
     pub fn open_last(&mut self, flags: OFlags) -> Result<OwnedFd> {
         if !self.is_at_entry() {
             return Err(Error::new("open", self.dirs.show(b""), ErrorKind::NotFound));
         }
         let name = if self.name.is_empty() { &b"."[..] } else { &self.name };
-        let opened = open_entry(self.dirs.top()?, name, flags);
+        let opened = open_quietly(self.dirs.top()?, name, flags);
         opened.map_err(|error| read_error("open", self.dirs.show(name), error))
     }
 

@@ -15,10 +15,14 @@ use zstd::bulk::{Compressor, Decompressor};
 
 use super::{BoxError, stage::Stage};
 
-/// Below zstd's levels that need more than a few MiB a context; above it little is gained on 256 KiB frames.
-const MAX_LEVEL: i32 = 6;
-const MIN_LEVEL: i32 = 1;
-const START_LEVEL: i32 = 2;
+/// The levels there are to choose from. Those below zero look at fewer places of the data: of programs -10 saves 38 % of the
+/// bytes where 1 saves 59, in half the time (docs/BENCHMARKS.md). Above 6 zstd needs more than a few MiB a context, and little is
+/// gained on 256 KiB frames.
+const LEVELS: [i32; 10] = [-10, -5, -3, -1, 1, 2, 3, 4, 5, 6];
+/// Where in them it starts: at 2.
+const START: usize = 5;
+/// For data of which it is not known whether it shrinks at all.
+const PROBE_LEVEL: i32 = 1;
 /// The level is looked at again after so many frames (4 MiB).
 const EPOCH_FRAMES: u32 = 16;
 /// So many frames in a row that do not shrink turn compression off.
@@ -36,7 +40,8 @@ pub(super) enum Choice {
 /// Chooses the level of each frame.
 #[derive(Debug)]
 pub(super) struct Pacer {
-    level: i32,
+    /// In [`LEVELS`].
+    level: usize,
     misses: u32,
     store_left: u32,
     pause: u32,
@@ -49,7 +54,7 @@ pub(super) struct Pacer {
 impl Pacer {
     pub(super) fn new() -> Self {
         Self {
-            level: START_LEVEL,
+            level: START,
             misses: 0,
             store_left: 0,
             pause: PAUSE_FRAMES.0,
@@ -65,7 +70,7 @@ impl Pacer {
             self.store_left -= 1;
             return Choice::Store;
         }
-        Choice::Compress { level: if self.misses > 0 { MIN_LEVEL } else { self.level } }
+        Choice::Compress { level: if self.misses > 0 { PROBE_LEVEL } else { LEVELS[self.level] } }
     }
 
     /// A frame that was to be compressed did, or did not, shrink.
@@ -106,32 +111,34 @@ impl Pacer {
         // A receiver that is waited for gets nothing from better compression, and may be slow because this side has its processors.
         let other_wait = self.encode_wait + self.receiver_wait;
         if other_wait > self.line_wait {
-            self.level = (self.level - 1).max(MIN_LEVEL);
+            self.level = self.level.saturating_sub(1);
         } else if self.line_wait > 4 * other_wait {
-            self.level = (self.level + 1).min(MAX_LEVEL);
+            self.level = (self.level + 1).min(LEVELS.len() - 1);
         }
         self.epoch_frames = 0;
         (self.line_wait, self.receiver_wait, self.encode_wait) = Default::default();
     }
 }
 
-/// zstd contexts for reuse; as many as have worked at once.
+/// zstd contexts for reuse, each with a buffer for what comes out; as many as have worked at once.
 #[derive(Default)]
-pub(super) struct Compressors(Mutex<Vec<Compressor<'static>>>);
+pub(super) struct Compressors(Mutex<Vec<(Compressor<'static>, Vec<u8>)>>);
 
 impl Compressors {
     /// The compressed bytes, or nothing where they save less than a sixteenth. Blocks.
     pub(super) fn compress(&self, raw: &[u8], level: i32) -> Option<Bytes> {
         let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut compressor = match spare {
-            Some(compressor) => compressor,
-            None => Compressor::new(level).ok()?,
+        let (mut compressor, mut compressed) = match spare {
+            Some(spare) => spare,
+            None => (Compressor::new(level).ok()?, Vec::new()),
         };
         compressor.set_compression_level(level).ok()?;
-        let compressed = compressor.compress(raw).ok()?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(compressor);
-        // The vector has room for the worst case, and would keep it as long as the frame lives.
-        (compressed.len() < raw.len() - raw.len() / 16).then(|| Bytes::copy_from_slice(&compressed))
+        compressed.clear();
+        compressed.reserve(zstd::zstd_safe::compress_bound(raw.len()));
+        compressor.compress_to_buffer(raw, &mut compressed).ok()?;
+        let small = (compressed.len() < raw.len() - raw.len() / 16).then(|| Bytes::copy_from_slice(&compressed));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((compressor, compressed));
+        small
     }
 }
 
@@ -147,14 +154,49 @@ pub(super) fn decompress(payload: &[u8], raw_len: usize) -> Result<Bytes, BoxErr
         // Making one costs more than unpacking a small frame.
         static CONTEXT: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
     }
-    let raw = CONTEXT.with_borrow_mut(|context| match context {
-        Some(context) => context.decompress(payload, raw_len),
-        None => context.insert(Decompressor::new()?).decompress(payload, raw_len),
+    let mut raw = Unpacked::with_room(raw_len);
+    CONTEXT.with_borrow_mut(|context| match context {
+        Some(context) => context.decompress_to_buffer(payload, &mut raw.0),
+        None => context.insert(Decompressor::new()?).decompress_to_buffer(payload, &mut raw.0),
     })?;
-    if raw.len() != raw_len {
-        return Err(format!("a frame of {raw_len} bytes unpacks to {}", raw.len()).into());
+    if raw.0.len() != raw_len {
+        return Err(format!("a frame of {raw_len} bytes unpacks to {}", raw.0.len()).into());
     }
-    Ok(Bytes::from(raw))
+    Ok(Bytes::from_owner(raw))
+}
+
+/// How many buffers for what was unpacked are kept, of all receives together, and how large: enough for two receives. New
+/// ones would be given back to the kernel and cleared by it again and again.
+const SPARE_BUFFERS: usize = 8;
+const SPARE_LENGTH: usize = 512 * 1024;
+
+static SPARE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+
+/// What was unpacked, in a buffer that is kept for reuse.
+struct Unpacked(Vec<u8>);
+
+impl Unpacked {
+    fn with_room(length: usize) -> Self {
+        let mut buffer = SPARE.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        buffer.clear();
+        buffer.reserve_exact(length);
+        Self(buffer)
+    }
+}
+
+impl AsRef<[u8]> for Unpacked {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Unpacked {
+    fn drop(&mut self) {
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < SPARE_BUFFERS && self.0.capacity() <= SPARE_LENGTH {
+            spare.push(std::mem::take(&mut self.0));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -174,12 +216,12 @@ mod tests {
                 pacer.waited_for(Stage::Line, TICK);
                 pacer.frame_written();
             }
-            assert_eq!(pacer.choose(), Choice::Compress { level: MAX_LEVEL });
+            assert_eq!(pacer.choose(), Choice::Compress { level: 6 });
             for _ in 0..20 * EPOCH_FRAMES {
                 lower(&mut pacer);
                 pacer.frame_written();
             }
-            assert_eq!(pacer.choose(), Choice::Compress { level: MIN_LEVEL });
+            assert_eq!(pacer.choose(), Choice::Compress { level: -10 });
         }
     }
 
@@ -197,6 +239,17 @@ mod tests {
         while pacer.choose() == Choice::Store {}
         pacer.observe(true);
         assert_ne!(pacer.choose(), Choice::Store);
+    }
+
+    #[test]
+    fn every_level_packs_and_what_is_unpacked_into_a_used_buffer_is_as_long_as_it_was() {
+        let compressors = Compressors::default();
+        for (number, level) in LEVELS.into_iter().enumerate() {
+            let raw: Vec<u8> = (0..100_000 / (number + 1)).map(|at| (at / 7 % 251) as u8).collect();
+            let packed = compressors.compress(&raw, level).unwrap();
+            assert_eq!(decompress(&packed, raw.len()).unwrap(), raw, "level {level}");
+            assert!(decompress(&packed, raw.len() - 1).is_err());
+        }
     }
 
     #[test]
