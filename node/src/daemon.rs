@@ -13,7 +13,10 @@ use flocker_storage::{
 };
 use flocker_transport::{ALPN, CloseCode, Connection, ENROL_ALPN, Endpoint, Limits, PeerFault, Router, Socket};
 use jiff::{Timestamp, tz::TimeZone};
-use rustix::fs::FlockOperation;
+use rustix::{
+    fs::FlockOperation,
+    process::{Resource, getrlimit, setrlimit},
+};
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{Signal, SignalKind, signal},
@@ -54,6 +57,9 @@ const GRACE: Duration = Duration::from_secs(10);
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often parked streams and receives are looked through.
 const TIDY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How many files may be open at once; programs that are started inherit it, and some go through all that there may be.
+const OPEN_FILES: u64 = 16 * 1024;
 
 /// How many connections peers may have open at once: those of the exchanges that are served, and as many again and more that
 /// wait for their next use.
@@ -165,6 +171,7 @@ fn pool_of(
 pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError> {
     let DaemonRequest { paths, config_file, listen, wipe, ready, stop } = request;
     let signals = Signals::install();
+    allow_open_files();
     let config_path = config_file.unwrap_or_else(|| paths.config.clone());
     if !config_path.exists() {
         return Err(DaemonError::NotInitialised(paths.state));
@@ -197,6 +204,19 @@ pub async fn run(request: DaemonRequest) -> std::result::Result<(), DaemonError>
     node.end(services).await;
     let _ = fs::remove_file(&node.paths.socket);
     Ok(())
+}
+
+/// Raises the limit of open files as far as it may go and is of use: each of many receives has some tens of files open, and
+/// what a shell or systemd gives is 1,024.
+fn allow_open_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(OPEN_FILES, |maximum| maximum.min(OPEN_FILES));
+    if limit.current.is_some_and(|current| current < wanted) {
+        limit.current = Some(wanted);
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            tracing::warn!(%error, wanted, "the limit of open files stays as it is");
+        }
+    }
 }
 
 /// SIGTERM and SIGINT, caught from the first moment: a stop that comes during start-up is obeyed after it.

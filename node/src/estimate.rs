@@ -9,15 +9,19 @@ use std::{
 };
 
 use flocker_replication::plan::Step;
-use flocker_storage::delta::{Compare, DeltaRequest};
+use flocker_storage::{
+    delta::{Compare, DeltaRequest},
+    model::SnapshotKey,
+};
 use flocker_transport::Expected;
 
 use crate::{daemon::Node, problem, transfers::Job};
 
 /// How long a push runs until it is asked how much there is to send: most are over by then.
 const ESTIMATE_AFTER: Duration = Duration::from_secs(1);
-/// The most snapshots whose deltas are estimated; of more, their number says enough.
-const ESTIMATED_STEPS: usize = 64;
+/// The most deltas that the driver is asked about. Of more snapshots it is asked about some, from the first to the last, and the
+/// others count as much as the one before them.
+const ASKED_STEPS: usize = 64;
 
 /// What is known of the lengths of a transfer's deltas, and who waits to know.
 #[derive(Default)]
@@ -73,28 +77,21 @@ pub(crate) async fn estimate(
     expectations: &Expectations,
 ) {
     // What is drawn for a simulation would depend on whether a push runs long enough to be watched.
-    if node.is_simulated || steps.len() > ESTIMATED_STEPS || job.is_some_and(|job| !job.is_unestimated()) {
+    if node.is_simulated || job.is_some_and(|job| !job.is_unestimated()) {
         return;
     }
     let before = job.map_or(0, |job| job.resource().progress.delta_bytes);
     tokio::time::sleep(ESTIMATE_AFTER).await;
-    let mut lengths = Vec::new();
-    for step in steps {
-        let Some(base) = step.base.map(|base| base.on_sender) else {
-            lengths.push(step.snapshot.logical_bytes);
-            continue;
+    let mut lengths: Vec<u64> = Vec::with_capacity(steps.len());
+    for (number, step) in steps.iter().enumerate() {
+        let length = match (step.base, lengths.last()) {
+            (None, _) => Some(step.snapshot.logical_bytes),
+            // The first step may be a full copy, which says nothing about others.
+            (Some(_), Some(last)) if number > 1 && !is_asked_about(number, steps.len()) => Some(*last),
+            (Some(base), _) => length_of(node, base.on_sender, step, compare).await,
         };
-        let (target, format) = (step.snapshot.key(), step.format.clone());
-        let request = DeltaRequest { base: Some(base), target, format, compare, resume: None };
-        match node.driver.estimate_delta(request).await {
-            Ok(Some(length)) => lengths.push(length),
-            Ok(None) => return,
-            Err(error) => {
-                let (snapshot, error) = (step.snapshot.snapshot.id, problem::chain(&error));
-                tracing::debug!(%snapshot, error, "no estimate of what is to be sent");
-                return;
-            }
-        }
+        let Some(length) = length else { return };
+        lengths.push(length);
     }
     match job {
         Some(job) => job.expects(before + lengths.iter().sum::<u64>()),
@@ -102,9 +99,34 @@ pub(crate) async fn estimate(
     }
 }
 
+/// Chooses [`ASKED_STEPS`] of the steps, as far from each other as can be.
+fn is_asked_about(number: usize, steps: usize) -> bool {
+    number == 0 || steps <= ASKED_STEPS || number * ASKED_STEPS / steps != (number - 1) * ASKED_STEPS / steps
+}
+
+async fn length_of(node: &Node, base: SnapshotKey, step: &Step, compare: Compare) -> Option<u64> {
+    let (target, format) = (step.snapshot.key(), step.format.clone());
+    let request = DeltaRequest { base: Some(base), target, format, compare, resume: None };
+    node.driver.estimate_delta(request).await.unwrap_or_else(|error| {
+        let (snapshot, error) = (step.snapshot.snapshot.id, problem::chain(&error));
+        tracing::debug!(%snapshot, error, "no estimate of what is to be sent");
+        None
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_many_steps_some_are_asked_about_from_the_first_to_the_last() {
+        for steps in [1, 63, 64, 65, 100, 500, 10_000] {
+            let asked: Vec<_> = (0..steps).filter(|number| is_asked_about(*number, steps)).collect();
+            assert_eq!(asked.len(), steps.min(ASKED_STEPS), "{steps} steps");
+            let gaps = asked.windows(2).map(|pair| pair[1] - pair[0]).chain([steps - asked[asked.len() - 1]]);
+            assert!(gaps.max().unwrap_or(0) <= steps.div_ceil(ASKED_STEPS), "{steps} steps: {asked:?}");
+        }
+    }
 
     #[test]
     fn each_step_is_told_what_it_and_those_behind_it_have() {

@@ -8,6 +8,7 @@ use std::{
     fmt,
     fs::File,
     io::{self, Read},
+    os::fd::AsFd,
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
@@ -124,6 +125,15 @@ fn to_the_end(running: &Running) -> Result<Vec<u8>, CommandError> {
     }
 }
 
+/// How much a pipe is to hold, in bytes: the most that an ordinary user may ask for (pipe(7)); Linux gives it 64 KiB. Program and
+/// daemon wait less for each other then.
+const PIPE_LENGTH: usize = 1024 * 1024;
+
+fn widen(pipe: &impl AsFd) {
+    // Where the user has too much in pipes already, it stays as it is.
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_LENGTH);
+}
+
 /// A program that runs. Dropping the value kills it and waits for it.
 pub struct Running {
     command: String,
@@ -205,12 +215,12 @@ impl Running {
 
     /// Returns the pipe that the program reads from, once.
     pub fn take_stdin(&self) -> Option<ChildStdin> {
-        locked(&self.stdin).take()
+        locked(&self.stdin).take().inspect(widen)
     }
 
     /// Returns the pipe that the program writes to, once.
     pub fn take_stdout(&self) -> Option<ChildStdout> {
-        locked(&self.stdout).take()
+        locked(&self.stdout).take().inspect(widen)
     }
 
     /// Ends its input and waits for it to end.
@@ -336,6 +346,14 @@ mod tests {
             drop(running);
             flock(&other, FlockOperation::NonBlockingLockExclusive).unwrap();
         }
+    }
+
+    #[test]
+    fn pipes_of_programs_hold_a_mebibyte() {
+        let running = Running::start("cat", &[] as &[&str], Input::Pipe).unwrap();
+        let (stdin, stdout) = (running.take_stdin().unwrap(), running.take_stdout().unwrap());
+        assert_eq!(rustix::pipe::fcntl_getpipe_size(&stdin).unwrap(), PIPE_LENGTH);
+        assert_eq!(rustix::pipe::fcntl_getpipe_size(&stdout).unwrap(), PIPE_LENGTH);
     }
 
     #[test]

@@ -1,10 +1,13 @@
-//! Memory stays bounded however large the file and however many the files.
+//! Memory stays bounded however large the file and however many the files; open files are allowed as many as are of use.
+
+use std::fs;
 
 use flocker_tests::{
     Cluster,
     data::{write_random, write_small_files},
     tree::assert_equal,
 };
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 /// What the issue allows each daemon; the benchmark shows the same bound at 4 GiB and 200,000 files.
 const PEAK_LIMIT: u64 = 128 << 20;
@@ -28,4 +31,16 @@ fn a_large_file_and_many_small_ones_stay_below_128_mebibytes_in_each_daemon() {
         assert!(told >= peak && told < PEAK_LIMIT, "the API tells the same: {told} and {peak}");
     }
     assert_equal(&mount, &b.mount("db"));
+}
+
+#[test]
+fn a_daemon_allows_itself_more_open_files_than_it_is_given() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = Some(500);
+    setrlimit(Resource::Nofile, limit).expect("lower the limit of this process and those it starts");
+    let cluster = Cluster::start(1);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", cluster.nodes[0].pid())).expect("read the limits");
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).expect("a limit of open files");
+    let allowed: Vec<_> = line.split_whitespace().map(|word| word.parse::<u64>().unwrap_or(u64::MAX)).collect();
+    assert_eq!(allowed[0], limit.maximum.unwrap_or(u64::MAX).min(16 * 1024), "{line}");
 }

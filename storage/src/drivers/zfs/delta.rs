@@ -161,13 +161,27 @@ impl Pool {
         Ok(Source { from, _views: views, _held: held })
     }
 
-    /// Asks `zfs send` how long the stream will be. The portable format it knows nothing of.
+    /// Asks `zfs send` how long the stream will be. Of the portable format it tells how long its own would be, uncompressed: the
+    /// blocks that changed are in both.
     pub(super) fn estimate(&self, request: &DeltaRequest) -> Result<Option<u64>> {
-        if features(&request.format).is_none() {
+        if !self.abilities.modern {
+            // The `zfs send` of a zfs-fuse cannot tell.
             return Ok(None);
         }
         let volume = self.volume(OPERATION, request.target.volume)?;
-        let mut words = self.words(request, &volume)?;
+        let is_native = features(&request.format).is_some();
+        let asked = DeltaRequest {
+            format: DeltaFormat(FORMAT_2.into()),
+            resume: request.resume.clone().filter(|_| is_native),
+            ..request.clone()
+        };
+        let mut words = match self.words(&asked, &volume) {
+            Err(Error { kind: ErrorKind::FormatUnfit(_), .. }) if !is_native => return Ok(None),
+            words => words?,
+        };
+        if !is_native {
+            words.retain(|word| word != "-c");
+        }
         words.splice(1..1, ["-n", "-P"].map(str::to_owned));
         // A zfs that cannot tell is no reason for anything.
         Ok(self.programs.zfs(&words).ok().and_then(|said| estimated(&String::from_utf8_lossy(&said))))
