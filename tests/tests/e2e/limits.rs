@@ -106,6 +106,22 @@ fn how_much_there_is_to_send_shows_while_it_is_sent() {
 }
 
 #[test]
+fn how_much_there_is_to_send_shows_of_many_snapshots() {
+    const SNAPSHOTS: u64 = 96;
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = prepare(a, "db", 158, 3);
+    a.push("db@one", "host-b");
+    for number in 0..SNAPSHOTS {
+        write_random(&mount.join(format!("{number}")), number, 6 * MEBIBYTE / SNAPSHOTS);
+        a.cli(&["snapshot", &format!("db@{number}")]).ok();
+    }
+
+    expects(a, &["push", &format!("db@{}", SNAPSHOTS - 1), "host-b"], 6 * MEBIBYTE);
+    assert_equal(&mount, &b.mount("db"));
+}
+
+#[test]
 fn how_much_there_is_to_send_shows_where_it_is_pulled() {
     let mut cluster = Cluster::start(2);
     let (a, b) = cluster.pair();
