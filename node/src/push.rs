@@ -331,8 +331,18 @@ async fn send_step(
         None => Stream::new(step, sending.gates.clone()),
     };
     let begin = begin_step(number, step, after, lineage, answer, &stream)?;
+    // While the receiver gets ready, which may take it as long as reading takes here. Programs are started when it is.
+    let is_early = stream.source.is_none() && begin.resume.is_none() && step.format == DeltaFormat::tree();
     line.send(&Message::BeginStep(Box::new(begin))).await?;
-    let start = match line.recv(COMMIT_TIMEOUT).await? {
+    let request = is_early.then(|| stream.request(sending.compare, None));
+    let early = async {
+        match request {
+            Some(request) => Some(read(node, request).await),
+            None => None,
+        }
+    };
+    let (said, early) = tokio::join!(biased; line.recv(COMMIT_TIMEOUT), early);
+    let start = match said? {
         Message::StepDone(done) if done.step == number => {
             note_done(job);
             return Ok(());
@@ -350,8 +360,11 @@ async fn send_step(
     }
     let first_frame = match start {
         StepStart::Frame(frame) => frame,
-        StepStart::Beginning => stream.open(node, sending.compare, None).await?,
-        StepStart::Point(point) => stream.open(node, sending.compare, Some(point)).await?,
+        StepStart::Beginning => match early {
+            Some(reader) => stream.open(reader?),
+            None => stream.open(read(node, stream.request(sending.compare, None)).await?),
+        },
+        StepStart::Point(point) => stream.open(read(node, stream.request(sending.compare, Some(point))).await?),
     };
     noted("delta");
     expectations.begin(number as usize, &stream.expected);
@@ -489,16 +502,22 @@ impl Stream {
         self.outgoing.oldest_sequence()
     }
 
-    /// Starts reading the delta from its beginning or from a point, and returns the first frame's number; frames of an
-    /// earlier reading are let go.
-    async fn open(&mut self, node: &Node, compare: Compare, resume: Option<ResumePoint>) -> Result<u64, Failure> {
-        let request =
-            DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume };
-        let reader = node.driver.read_delta(request).await.map_err(problem_of)?;
+    /// Returns what to ask the driver for: all of the delta, or what comes behind a point.
+    fn request(&self, compare: Compare, resume: Option<ResumePoint>) -> DeltaRequest {
+        DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume }
+    }
+
+    /// Sends what a reader gives, and returns the first frame's number; frames of an earlier reading are let go.
+    fn open(&mut self, reader: Box<dyn DeltaReader>) -> u64 {
         self.outgoing = outgoing(&self.gates, &self.format, &self.expected);
         self.source = Some(DeltaSource(reader));
-        Ok(0)
+        0
     }
+}
+
+/// Starts to read a delta.
+async fn read(node: &Node, request: DeltaRequest) -> Result<Box<dyn DeltaReader>, Failure> {
+    Ok(node.driver.read_delta(request).await.map_err(problem_of)?)
 }
 
 fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat, expected: &Expected) -> Outgoing {
