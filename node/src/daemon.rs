@@ -11,7 +11,7 @@ use flocker_storage::{
     drivers::{self, PoolSpec},
     model::{HostId, NodeName},
 };
-use flocker_transport::{ALPN, CloseCode, Connection, ENROL_ALPN, Endpoint, Limits, PeerFault, Router, Socket};
+use flocker_transport::{ALPN, CloseCode, ENROL_ALPN, Endpoint, Limits, PeerFault, Router, Socket};
 use jiff::{Timestamp, tz::TimeZone};
 use rustix::{
     fs::FlockOperation,
@@ -23,10 +23,7 @@ use tokio::{
     sync::Semaphore,
     task::JoinSet,
 };
-use tokio_util::{
-    sync::{CancellationToken, DropGuard},
-    task::TaskTracker,
-};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     api,
@@ -42,13 +39,13 @@ use crate::{
     limits::SendLimits,
     metrics::Metrics,
     mounts::{Mounts, symlink_note},
+    outbox::Outbox,
     ownership::Superseded,
     peers::{Enrolment, MEMBER_ALPN, Membership, Peers},
     problem::{Result, chain},
-    push::Streams,
     serve::Replication,
     state::State,
-    transfers::{Job, Transfers},
+    transfers::Transfers,
 };
 
 /// How long a stop waits for work to reach an end or a point to go on from.
@@ -134,7 +131,7 @@ pub(crate) struct Node {
     pub(crate) mounts_really: bool,
     pub(crate) peers: Peers,
     pub(crate) transfers: Transfers,
-    pub(crate) streams: Streams,
+    pub(crate) outbox: Outbox,
     pub(crate) inbox: Inbox,
     pub(crate) handoffs: HandOffs,
     pub(crate) superseded: Superseded,
@@ -148,7 +145,7 @@ pub(crate) struct Node {
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
     started: Timestamp,
-    listen: SocketAddr,
+    pub(crate) listen: SocketAddr,
     /// Whether nobody watches it but a simulation, whose seed says all that happens.
     pub(crate) is_simulated: bool,
 }
@@ -330,7 +327,7 @@ impl Node {
             mounts_really: alone && rustix::process::geteuid().is_root(),
             peers,
             transfers,
-            streams: Streams::default(),
+            outbox: Outbox::default(),
             inbox: Inbox::default(),
             handoffs: HandOffs::default(),
             superseded: Superseded::default(),
@@ -364,25 +361,6 @@ impl Node {
         Ok(node)
     }
 
-    /// Closes a connection when a user cancels or pauses the job or the node stops, so that whoever uses it unwinds; until the
-    /// guard is dropped.
-    pub(crate) fn close_on_stop(&self, connection: &Connection, job: Option<&Job>) -> DropGuard {
-        let over = CancellationToken::new();
-        let (guard, watch) = (over.clone().drop_guard(), over);
-        let (connection, node) = (connection.clone(), self.cancel.clone());
-        let (cancelled, paused) = job.map_or_else(Default::default, |job| (job.cancel.clone(), job.pause()));
-        self.tasks.spawn(async move {
-            tokio::select! {
-                biased;
-                () = watch.cancelled() => {}
-                () = cancelled.cancelled() => connection.close(CloseCode::Cancelled, ""),
-                () = paused.cancelled() => connection.close(CloseCode::Paused, ""),
-                () = node.cancelled() => connection.close(CloseCode::ShuttingDown, ""),
-            }
-        });
-        guard
-    }
-
     async fn tidy(self: Arc<Self>) {
         loop {
             tokio::select! {
@@ -390,7 +368,7 @@ impl Node {
                 () = self.cancel.cancelled() => return,
                 () = tokio::time::sleep(TIDY_INTERVAL) => {}
             }
-            self.streams.drop_stale();
+            self.outbox.drop_stale();
             self.inbox.suspend_stale().await;
             self.kept.tidy();
         }
@@ -439,21 +417,6 @@ impl Node {
         HostId(bytes)
     }
 
-    /// Where peers are told to find this node: what the configuration says, else where it listens, else (listening
-    /// everywhere) the address that this host's default route leaves from, and loopback.
-    pub(crate) fn advertised(&self) -> Vec<String> {
-        if !self.config.advertise.is_empty() {
-            return self.config.advertise.clone();
-        }
-        if !self.listen.ip().is_unspecified() {
-            return vec![self.listen.to_string()];
-        }
-        let port = self.listen.port();
-        let outward = outward_address().map(|ip| SocketAddr::new(ip, port).to_string());
-        let loopback = SocketAddr::from(([127, 0, 0, 1], port)).to_string();
-        outward.into_iter().chain([loopback]).collect()
-    }
-
     /// Shows this node as the API does.
     pub(crate) fn resource(&self) -> NodeResource {
         let (resident_bytes, peak_resident_bytes) = memory();
@@ -490,14 +453,6 @@ impl Node {
         tracing::warn!(name = peer.name, id = %peer.node_id, %known, "refused a peer: its name belongs to another node");
         false
     }
-}
-
-/// Finds the address that packets to elsewhere leave from; no packet is sent (RFC 5737 address).
-fn outward_address() -> Option<std::net::IpAddr> {
-    let socket = std::net::UdpSocket::bind(("0.0.0.0", 0)).ok()?;
-    socket.connect(("192.0.2.1", 9)).ok()?;
-    let ip = socket.local_addr().ok()?.ip();
-    (!ip.is_loopback() && !ip.is_unspecified()).then_some(ip)
 }
 
 /// Returns resident memory now and at its highest, in bytes (proc_pid_status(5): VmRSS, VmHWM, in kB).

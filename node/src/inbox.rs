@@ -25,14 +25,11 @@ use crate::{
     catalog::Volume,
     daemon::Node,
     line::Line,
+    outbox::{PARK_TIME, TAKE_OVER_TIMEOUT},
     problem::{self, problem},
-    push::PARK_TIME,
     receive::Receipt,
     transfers::Failure,
 };
-
-/// How long a new attempt waits for the old one of the same transfer to notice that its line is gone.
-const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// An open receive and where its bytes go on.
 pub(crate) struct Open {

@@ -147,7 +147,7 @@ async fn carry(
     over: &CancellationToken,
 ) -> Result<(), Failure> {
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_stop(&lent.connection, job.map(AsRef::as_ref));
+    let watch = node.close_lent_on_stop(&lent, job);
     let mut line = Line::open(row.name, &lent).await?;
     line.send(&Message::Lane(Lane { protocol: PROTOCOL, stream })).await?;
     match line.recv(NO_PROGRESS).await? {

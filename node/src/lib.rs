@@ -3,6 +3,7 @@
 //! The only crate that sees storage, replication, transport and certificates together. Two files tell the whole story
 //! of a push: `push.rs` and `receive.rs`; everything else is a leaf they call.
 
+mod addresses;
 mod ancestry;
 pub mod api;
 mod catalog;
@@ -23,6 +24,7 @@ mod line;
 mod merge;
 mod metrics;
 mod mounts;
+mod outbox;
 mod ownership;
 mod peers;
 mod problem;

@@ -2,7 +2,7 @@
 //!
 //! Owns the binding of a peer's name to its NodeId (the first one known wins; another one is refused and logged) and two
 //! small protocols: enrolment (`flocker-enrol/1`, for newcomers) and membership (`flocker-member/1`, between members,
-//! who exchange all they know whenever one starts, and now and then). Refuses to know volumes.
+//! who exchange all they know whenever one starts or moves, and now and then). Refuses to know volumes.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -12,10 +12,11 @@ use flocker_storage::{clock, model::NodeName};
 use flocker_transport::{ALPN, CloseCode, Connection, ErrorKind as LinkErrorKind, Exchange, Handler};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, futures::Notified};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    addresses,
     api::{
         events::Event,
         types::{ApiProblem, PeerResource, TokenResource},
@@ -36,8 +37,6 @@ const TOKEN_TTL: Duration = Duration::from_secs(3600);
 const TOKEN_TTL_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The longest wait for one answer of these small protocols.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often members compare notes without a reason.
-const SYNC_INTERVAL: Duration = Duration::from_secs(30);
 /// The most members one message may name.
 const MEMBERS_LIMIT: usize = 4096;
 /// The most addresses of one member that are tried and remembered.
@@ -55,6 +54,8 @@ pub(crate) struct Peers {
     rows: Mutex<BTreeMap<String, PeerRow>>,
     /// By NodeId: told whenever the peer was heard from.
     heard: Mutex<BTreeMap<String, Arc<Notify>>>,
+    /// Told whenever a peer said where it is.
+    told: Notify,
 }
 
 impl Peers {
@@ -65,12 +66,22 @@ impl Peers {
     /// Reads the peers from the state database.
     pub(crate) async fn load(state: &State) -> Result<Self> {
         let rows = state.peers().await?.into_iter().map(|row| (row.node_id.clone(), row)).collect();
-        Ok(Self { rows: Mutex::new(rows), heard: Mutex::default() })
+        Ok(Self { rows: Mutex::new(rows), heard: Mutex::default(), told: Notify::new() })
     }
 
     fn heard(&self, node_id: &str) -> Arc<Notify> {
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard.entry(node_id.to_owned()).or_default().clone()
+    }
+
+    /// Ends when a peer says where it is.
+    pub(crate) fn told(&self) -> Notified<'_> {
+        self.told.notified()
+    }
+
+    /// Tells whether a peer may be the one at this address, by all that is known.
+    pub(crate) fn may_be_at(&self, node_id: &str, at: SocketAddr) -> bool {
+        self.lock().get(node_id).is_none_or(|row| addresses::may_be_at(&row.addresses, at))
     }
 
     fn by_name(&self, name: &NodeName) -> Option<PeerRow> {
@@ -235,6 +246,7 @@ impl Node {
                 _ => PeerRow { node_id, name, addresses, last_seen: itself.then(clock::now) },
             };
             self.peers.lock().insert(row.node_id.clone(), row.clone());
+            self.peers.told.notify_waiters();
             if let Err(error) = self.state.put_peer(&row).await {
                 tracing::error!("{}", chain(&error));
             }
@@ -263,18 +275,6 @@ impl Node {
         }
         connection.close(CloseCode::Done, "");
         Ok(())
-    }
-
-    /// Compares notes when the node starts and now and then, until it stops.
-    pub(crate) async fn keep_members_in_sync(self: Arc<Self>) {
-        loop {
-            self.sync_members().await;
-            tokio::select! {
-                biased;
-                () = self.cancel.cancelled() => return,
-                () = tokio::time::sleep(SYNC_INTERVAL) => {}
-            }
-        }
     }
 
     async fn admit(&self, request: EnrolRequest) -> std::result::Result<EnrolReply, EnrolRefusal> {

@@ -55,7 +55,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
 pub(crate) async fn fetch(node: &Arc<Node>, job: &Arc<Job>, wanted: Wanted) -> Result<Concluded, Failure> {
     let row = node.find_peer(&job.request.peer).await?;
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_stop(&lent.connection, Some(job));
+    let watch = node.close_lent_on_stop(&lent, Some(job));
     let mut line = Line::open(row.name, &lent).await?;
     let Wanted { volume, snapshot, name, policy, mode } = wanted;
     let request = PullRequest {

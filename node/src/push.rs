@@ -4,17 +4,14 @@
 //! to send ([`flocker_replication::plan`]) and how a delta is made (the driver). Neighbours: [`crate::receive`] is the
 //! other side; [`crate::pull`] makes the peer run [`send`].
 //!
-//! A stream of a delta outlives its connection: when the line is cut while both daemons live it waits in [`Streams`],
-//! and the next attempt goes on at the frame the receiver wants.
+//! A stream of a delta outlives its connection: when the line is cut while both daemons live it waits in the outbox
+//! ([`crate::outbox`]), and the next attempt goes on at the frame the receiver wants.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use flocker_replication::{
     ancestry::{self, Forgotten},
     divergence::{self, Receiver, Sender},
@@ -28,11 +25,10 @@ use flocker_replication::{
     resolution::{self, Resolution, Way},
 };
 use flocker_storage::{
-    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
-    model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotKey, SnapshotName, VolumeName},
+    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest},
+    model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotName, VolumeName},
 };
-use flocker_transport::{BoxError, BulkError, ChunkSource, Expected, Gate, NO_PROGRESS, Outgoing, OutgoingLimits};
-use tokio::time::Instant;
+use flocker_transport::{BulkError, ErrorKind as LinkErrorKind, Gate, NO_PROGRESS};
 use uuid::Uuid;
 
 use crate::{
@@ -40,8 +36,9 @@ use crate::{
     daemon::Node,
     estimate::{Expectations, estimate},
     lanes,
-    line::{Line, integrity, noted},
+    line::{Line, noted},
     metrics,
+    outbox::Stream,
     problem::{self, problem},
     pull,
     resolve::Concluded,
@@ -50,8 +47,6 @@ use crate::{
 
 /// How long the sender waits for a receiver to make a step durable: a big volume is flushed to a slow disk.
 pub(crate) const COMMIT_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-/// How long a cut stream waits for its receiver to come back before its frames are let go.
-pub(crate) const PARK_TIME: Duration = Duration::from_secs(120);
 
 /// What a sender is asked to do.
 pub(crate) struct Sending {
@@ -84,7 +79,7 @@ pub(crate) async fn attempt(node: &Arc<Node>, job: &Arc<Job>) -> Result<Conclude
     let want = node.sendable(&volume, snapshot).await?;
     let row = node.find_peer(&job.request.peer).await?;
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_stop(&lent.connection, Some(job));
+    let watch = node.close_lent_on_stop(&lent, Some(job));
     let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
@@ -136,7 +131,7 @@ pub(crate) async fn impose(node: &Arc<Node>, job: &Arc<Job>, found: Outcome) -> 
     };
     let row = node.find_peer(&job.request.peer).await?;
     let lent = node.lend(&row).await?;
-    let watch = node.close_on_stop(&lent.connection, Some(job));
+    let watch = node.close_lent_on_stop(&lent, Some(job));
     let mut line = Line::open(row.name, &lent).await?;
     let sending = Sending {
         transfer: job.id,
@@ -325,7 +320,7 @@ async fn send_step(
     answer: &Answer,
 ) -> Result<(), Failure> {
     let target = step.snapshot.snapshot.id;
-    let parked = node.streams.take(sending.transfer).filter(|stream| stream.fits(step));
+    let parked = node.outbox.take(&line.peer, sending.transfer).filter(|stream| stream.fits(step));
     let mut stream = match parked {
         Some(stream) => stream,
         None => Stream::new(step, sending.gates.clone()),
@@ -439,12 +434,18 @@ async fn step_failed(
 ) -> Failure {
     match error {
         BulkError::Interrupted(error) => {
-            let failure = line.failed(error);
-            let is_paused = job.is_some_and(|job| job.pause().is_cancelled());
-            if is_paused || (failure.transient && !job.is_some_and(|job| job.cancel.is_cancelled())) {
-                node.streams.park(sending.transfer, stream);
+            // This side closes where the user pauses, where the peer is elsewhere, and where it serves a newer attempt.
+            let goes_on = match (&error.kind, job) {
+                (LinkErrorKind::ClosedHere, Some(job)) => {
+                    job.pause().is_cancelled() || job.peer_moved.load(Ordering::Relaxed)
+                }
+                (LinkErrorKind::ClosedHere, None) => true,
+                (kind, _) => kind.is_transient(),
+            };
+            if goes_on && !job.is_some_and(|job| job.cancel.is_cancelled()) {
+                node.outbox.park(&line.peer, sending.transfer, stream);
             }
-            failure
+            line.failed(error)
         }
         BulkError::Source(error) => {
             let problem = match error.downcast::<flocker_storage::error::Error>() {
@@ -462,102 +463,9 @@ async fn step_failed(
     }
 }
 
-/// A delta on its way: what it is, the driver's reader, and the frames the receiver has not consumed.
-pub(crate) struct Stream {
-    id: Uuid,
-    target: SnapshotKey,
-    base: Option<SnapshotKey>,
-    format: DeltaFormat,
-    gates: Vec<Arc<Gate>>,
-    outgoing: Outgoing,
-    /// What the receiver is told of the length.
-    expected: Expected,
-    source: Option<DeltaSource>,
-    parked: Instant,
-}
-
-impl Stream {
-    fn new(step: &Step, gates: Vec<Arc<Gate>>) -> Self {
-        let expected = Expected::default();
-        Self {
-            id: Uuid::new_v4(),
-            target: step.snapshot.key(),
-            base: step.base.map(|base| base.on_sender),
-            format: step.format.clone(),
-            outgoing: outgoing(&gates, &step.format, &expected),
-            gates,
-            expected,
-            source: None,
-            parked: Instant::now(),
-        }
-    }
-
-    fn fits(&self, step: &Step) -> bool {
-        self.target == step.snapshot.key()
-            && self.base == step.base.map(|base| base.on_sender)
-            && self.format == step.format
-    }
-
-    fn oldest_frame(&self) -> u64 {
-        self.outgoing.oldest_sequence()
-    }
-
-    /// Returns what to ask the driver for: all of the delta, or what comes behind a point.
-    fn request(&self, compare: Compare, resume: Option<ResumePoint>) -> DeltaRequest {
-        DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume }
-    }
-
-    /// Sends what a reader gives, and returns the first frame's number; frames of an earlier reading are let go.
-    fn open(&mut self, reader: Box<dyn DeltaReader>) -> u64 {
-        self.outgoing = outgoing(&self.gates, &self.format, &self.expected);
-        self.source = Some(DeltaSource(reader));
-        0
-    }
-}
-
 /// Starts to read a delta.
 async fn read(node: &Node, request: DeltaRequest) -> Result<Box<dyn DeltaReader>, Failure> {
     Ok(node.driver.read_delta(request).await.map_err(problem_of)?)
-}
-
-fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat, expected: &Expected) -> Outgoing {
-    let (gates, integrity, expected) = (gates.to_vec(), integrity(format), expected.clone());
-    Outgoing::new(OutgoingLimits { gates, integrity, expected, ..OutgoingLimits::default() })
-}
-
-struct DeltaSource(Box<dyn DeltaReader>);
-
-#[async_trait]
-impl ChunkSource for DeltaSource {
-    async fn next(&mut self) -> Result<Option<Bytes>, BoxError> {
-        self.0.next().await.map_err(Into::into)
-    }
-}
-
-/// Streams whose line was cut, by transfer.
-#[derive(Default)]
-pub(crate) struct Streams {
-    parked: Mutex<HashMap<Uuid, Stream>>,
-}
-
-impl Streams {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Stream>> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self, transfer: Uuid) -> Option<Stream> {
-        self.lock().remove(&transfer)
-    }
-
-    fn park(&self, transfer: Uuid, mut stream: Stream) {
-        stream.parked = Instant::now();
-        self.lock().insert(transfer, stream);
-    }
-
-    /// Lets go of streams whose receiver did not come back.
-    pub(crate) fn drop_stale(&self) {
-        self.lock().retain(|_, stream| stream.parked.elapsed() < PARK_TIME);
-    }
 }
 
 impl Node {

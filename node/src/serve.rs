@@ -53,7 +53,7 @@ impl Handler for Replication {
             return connection.close(CloseCode::Refused, "not a node name");
         };
         // The node's own stop is what ends an exchange; the peer must see it as such, and go on later.
-        let _watch = node.close_on_stop(&connection, None);
+        let _watch = node.close_on_stop(&connection);
         loop {
             if !node.check_peer(&peer) {
                 return connection.close(CloseCode::Refused, "another node has this name");
@@ -144,6 +144,7 @@ fn check_protocol(theirs: u32) -> Result<(), Failure> {
 }
 
 async fn serve_pull(node: &Arc<Node>, line: &mut Line<'_>, request: PullRequest) -> Result<(), Failure> {
+    let _serving = node.outbox.serve(&line.peer, request.transfer, line.connection).await?;
     let volume = node.catalog.find(&request.volume)?;
     let want = match &request.snapshot {
         Some(name) => node.sendable(&volume, name).await?,

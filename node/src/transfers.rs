@@ -98,6 +98,8 @@ pub(crate) struct Job {
     pub(crate) work: tokio::sync::Mutex<()>,
     /// A format of the drivers' own did not fit: what is left goes in the portable one.
     portable: AtomicBool,
+    /// A connection was closed because the peer has another address.
+    pub(crate) peer_moved: AtomicBool,
     /// Cancelled once the transfer has ended.
     pub(crate) over: CancellationToken,
     events: Arc<Events>,
@@ -137,6 +139,7 @@ impl Job {
             pause: Mutex::default(),
             work: tokio::sync::Mutex::default(),
             portable: AtomicBool::new(false),
+            peer_moved: AtomicBool::new(false),
             over,
             events,
             poke: Notify::new(),
@@ -522,8 +525,8 @@ impl Node {
             if self.cancel.is_cancelled() {
                 return self.end_transfer(&job, TransferState::Interrupted, Some(failure.problem)).await;
             }
-            if failure.problem.code == STALE_LINE {
-                tracing::debug!(transfer = %job.id, "{}", failure.problem);
+            if failure.problem.code == STALE_LINE || job.peer_moved.swap(false, Ordering::Relaxed) {
+                tracing::debug!(transfer = %job.id, "connecting anew: {}", failure.problem);
                 self.kept.forget(&job.request.peer);
                 continue;
             }

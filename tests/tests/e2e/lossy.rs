@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use flocker_tests::{
-    Cluster, Options, SHORT, Scratch,
+    Cluster, Node, Options, SHORT, Scratch,
     data::{seed, write_ordinary_tree, write_random},
     invariants::{assert_sound, text},
     line::{Bottleneck, Line, Quality},
@@ -13,6 +13,13 @@ use flocker_tests::{
 };
 
 const MEBIBYTE: u64 = 1 << 20;
+
+/// A line on which nothing is lost, slow enough that a node moves in the middle of a push.
+const NARROW: Quality = Quality {
+    delay: Duration::from_millis(5),
+    loss: 0.0,
+    bottleneck: Some(Bottleneck { bytes_per_second: 4 * MEBIBYTE, queue: 200 }),
+};
 
 /// Two nodes at the ends of a line. The sender listens everywhere, as a host does that may move.
 fn at_its_ends(line: &Line) -> Cluster {
@@ -61,8 +68,7 @@ fn a_sender_whose_address_changes_in_the_middle_goes_on_with_the_same_connection
     let mount = a.create_mounted("db");
     write_random(&mount.join("data"), 81, 12 * MEBIBYTE);
     a.cli(&["snapshot", "db@one"]).ok();
-    let narrow = Bottleneck { bytes_per_second: 4 * MEBIBYTE, queue: 200 };
-    line.set(Quality { delay: Duration::from_millis(5), loss: 0.0, bottleneck: Some(narrow) });
+    line.set(NARROW);
     let id = text(&a.cli(&["push", "db@one", "host-b", "--detach"]).ok().json()["id"]);
     let delta_bytes = || a.transfer(&id)["progress"]["delta_bytes"].as_u64().unwrap();
     wait_until("the push is half way", SHORT, || (delta_bytes() > 4 * MEBIBYTE).then_some(()));
@@ -73,6 +79,71 @@ fn a_sender_whose_address_changes_in_the_middle_goes_on_with_the_same_connection
 
     assert_eq!(done["progress"]["resumed"], 0, "{done}");
     assert!(delta_bytes() < 13 * MEBIBYTE, "nothing travelled twice: {done}");
+    assert_equal(&mount, &b.mount("db"));
+    assert_sound(b);
+}
+
+/// Two nodes that listen everywhere, and tell their peers no address but the one their host has at the time.
+fn that_may_both_move(line: &Line) -> Cluster {
+    let anywhere = line.ends[0].listen().port();
+    let options = line.ends.each_ref().map(|end| Options {
+        end: Some(end.clone()),
+        listen: Some((Ipv4Addr::UNSPECIFIED, anywhere).into()),
+        ..Options::default()
+    });
+    Cluster::with(Scratch::new(), options.into())
+}
+
+/// Starts a transfer on `by`, moves the end of the node that it connected to when a third is there, and waits for the end of it.
+#[track_caller]
+fn the_other_side_moves(line: &Line, by: &Node, arguments: &[&str], moving: usize) {
+    line.set(NARROW);
+    let id = text(&by.cli(arguments).ok().json()["id"]);
+    let delta_bytes = || by.transfer(&id)["progress"]["delta_bytes"].as_u64().unwrap();
+    wait_until("a third is there", SHORT, || (delta_bytes() > 4 * MEBIBYTE).then_some(()));
+
+    line.ends[moving].move_to(Ipv4Addr::new(10, 77, 9, 9));
+    assert_ne!(by.transfer(&id)["state"], "done", "too fast to move in the middle of it");
+    let done = by.wait_done(&id, SHORT);
+
+    assert_eq!(done["progress"]["resumed"], 1, "it went on, once: {done}");
+    assert!(delta_bytes() < 13 * MEBIBYTE, "nothing was sent twice: {done}");
+}
+
+#[test]
+fn a_receiver_whose_address_changes_in_the_middle_of_a_push_tells_the_sender_which_goes_on() {
+    if !require("tun") {
+        return;
+    }
+    let line = Line::start(seed());
+    let mut cluster = that_may_both_move(&line);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    write_random(&mount.join("data"), 82, 12 * MEBIBYTE);
+    a.cli(&["snapshot", "db@one"]).ok();
+
+    the_other_side_moves(&line, a, &["push", "db@one", "host-b", "--detach"], 1);
+
+    assert_equal(&mount, &b.mount("db"));
+    assert_sound(b);
+    let peers = a.http("GET", "/v1/peers", None).is(200).json();
+    assert_eq!(peers[0]["addresses"], serde_json::json!(["10.77.9.9:7801", "127.0.0.1:7801"]), "{peers}");
+}
+
+#[test]
+fn a_sender_whose_address_changes_in_the_middle_of_a_pull_tells_the_receiver_which_goes_on() {
+    if !require("tun") {
+        return;
+    }
+    let line = Line::start(seed());
+    let mut cluster = that_may_both_move(&line);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    write_random(&mount.join("data"), 83, 12 * MEBIBYTE);
+    a.cli(&["snapshot", "db@one"]).ok();
+
+    the_other_side_moves(&line, b, &["pull", "db@one", "host-a", "--detach"], 0);
+
     assert_equal(&mount, &b.mount("db"));
     assert_sound(b);
 }
