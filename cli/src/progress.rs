@@ -239,10 +239,12 @@ fn cost_line(transfer: &TransferResource) -> String {
                 Some(base) => format!("the difference to {} (taken on {})", base.name, base.host),
                 None => "a full copy".to_owned(),
             };
+            let size = progress.expected_bytes.map(|bytes| format!(", {} of delta at most", human_bytes(bytes)));
             format!(
-                "{what}: would send {} snapshot{plural} ({}), beginning with {how}",
+                "{what}: would send {} snapshot{plural} ({}), beginning with {how}{}",
                 missing.total,
-                names.join(", ")
+                names.join(", "),
+                size.unwrap_or_default()
             )
         }
         _ => {

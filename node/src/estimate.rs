@@ -1,6 +1,7 @@
-//! How much a transfer has to send: asked of the driver when the transfer runs for a while, and told to who started it.
+//! How much a transfer has to send: asked of the driver when the transfer runs for a while, or by a dry run, and told to who started it.
 //!
-//! The sender knows, whoever started the transfer: a push tells its own user, of a pull the receiver is told by the pipeline.
+//! The sender knows, whoever started the transfer: a push tells its own user, of a pull the receiver is told by the pipeline, or by a
+//! message where nothing is sent.
 //! Neighbour: [`crate::push`].
 
 use std::{
@@ -82,21 +83,34 @@ pub(crate) async fn estimate(
     }
     let before = job.map_or(0, |job| job.resource().progress.delta_bytes);
     tokio::time::sleep(ESTIMATE_AFTER).await;
-    let mut lengths: Vec<u64> = Vec::with_capacity(steps.len());
-    for (number, step) in steps.iter().enumerate() {
-        let length = match (step.base, lengths.last()) {
-            (None, _) => Some(step.snapshot.logical_bytes),
-            // The first step may be a full copy, which says nothing about others.
-            (Some(_), Some(last)) if number > 1 && !is_asked_about(number, steps.len()) => Some(*last),
-            (Some(base), _) => length_of(node, base.on_sender, step, compare).await,
-        };
-        let Some(length) = length else { return };
-        lengths.push(length);
-    }
+    let Some(lengths) = lengths(node, compare, steps).await else { return };
     match job {
         Some(job) => job.expects(before + lengths.iter().sum::<u64>()),
         None => expectations.know(&lengths),
     }
+}
+
+/// Tells how much a transfer would have to send, before it is started. `None` where there is nothing to send, or no way to know.
+pub(crate) async fn beforehand(node: &Node, compare: Compare, steps: &[Step]) -> Option<u64> {
+    if node.is_simulated || steps.is_empty() {
+        return None;
+    }
+    Some(lengths(node, compare, steps).await?.iter().sum())
+}
+
+/// Asks how long the delta of each step is.
+async fn lengths(node: &Node, compare: Compare, steps: &[Step]) -> Option<Vec<u64>> {
+    let mut lengths: Vec<u64> = Vec::with_capacity(steps.len());
+    for (number, step) in steps.iter().enumerate() {
+        let length = match (step.base, lengths.last()) {
+            (None, _) => step.snapshot.logical_bytes,
+            // The first step may be a full copy, which says nothing about others.
+            (Some(_), Some(last)) if number > 1 && !is_asked_about(number, steps.len()) => *last,
+            (Some(base), _) => length_of(node, base.on_sender, step, compare).await?,
+        };
+        lengths.push(length);
+    }
+    Some(lengths)
 }
 
 /// Chooses [`ASKED_STEPS`] of the steps, as far from each other as can be.

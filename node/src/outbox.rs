@@ -52,7 +52,7 @@ impl Stream {
             target: step.snapshot.key(),
             base: step.base.map(|base| base.on_sender),
             format: step.format.clone(),
-            outgoing: outgoing(&gates, &step.format, &expected),
+            outgoing: outgoing(&gates, &step.format, &expected, false),
             gates,
             expected,
             source: None,
@@ -77,15 +77,15 @@ impl Stream {
 
     /// Sends what a reader gives, and returns the first frame's number; frames of an earlier reading are let go.
     pub(crate) fn open(&mut self, reader: Box<dyn DeltaReader>) -> u64 {
-        self.outgoing = outgoing(&self.gates, &self.format, &self.expected);
+        self.outgoing = outgoing(&self.gates, &self.format, &self.expected, reader.is_packed());
         self.source = Some(DeltaSource(reader));
         0
     }
 }
 
-fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat, expected: &Expected) -> Outgoing {
+fn outgoing(gates: &[Arc<Gate>], format: &DeltaFormat, expected: &Expected, is_packed: bool) -> Outgoing {
     let (gates, integrity, expected) = (gates.to_vec(), integrity(format), expected.clone());
-    Outgoing::new(OutgoingLimits { gates, integrity, expected, ..OutgoingLimits::default() })
+    Outgoing::new(OutgoingLimits { gates, integrity, expected, is_packed, ..OutgoingLimits::default() })
 }
 
 /// What a driver reads, as the pipeline takes it.

@@ -34,7 +34,7 @@ use uuid::Uuid;
 use crate::{
     catalog::{Pin, Volume},
     daemon::Node,
-    estimate::{Expectations, estimate},
+    estimate::{self, Expectations},
     lanes,
     line::{Line, noted},
     metrics,
@@ -212,6 +212,16 @@ pub(crate) async fn send(
         node.note_common(sending.volume.record.id, &answer.receiver, sending.want).await?;
     }
     if (steps.is_empty() && !arrived_before) || sending.mode == Mode::DryRun {
+        let expected = tokio::select! {
+            biased;
+            error = line.connection.closed() => return Err(line.failed(error)),
+            expected = estimate::beforehand(node, sending.compare, &steps) => expected,
+        };
+        match (expected, job) {
+            (Some(bytes), Some(job)) => job.expects(bytes),
+            (Some(bytes), None) => line.send(&Message::Expected(bytes)).await?,
+            (None, _) => {}
+        }
         line.send(&Message::Conclude(Box::new(outcome.clone()))).await?;
     } else {
         if let Some(job) = job {
@@ -232,7 +242,7 @@ pub(crate) async fn send(
             }
             Ok::<_, Failure>(())
         };
-        beside(sending_all, estimate(node, job, sending.compare, &steps, &expectations)).await?;
+        beside(sending_all, estimate::estimate(node, job, sending.compare, &steps, &expectations)).await?;
         if ends_with_a_step {
             return Ok(outcome.into());
         }

@@ -115,6 +115,11 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                 bound = beside;
                 resolving = Some(begun);
             }
+            Message::Expected(bytes) if receipt.offer.mode == Mode::DryRun => {
+                if let Some(job) = &receipt.job {
+                    job.expects(bytes);
+                }
+            }
             Message::Conclude(outcome) => {
                 line.send(&Message::Finished).await?;
                 return Ok((*outcome).into());

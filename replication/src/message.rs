@@ -46,7 +46,8 @@ use crate::{
 /// 2: what is forgotten behind each offer, [`Answer::forgotten`], [`BeginStep::after`]. 3: [`Rest::older`], [`Message::Want`],
 /// [`Message::Snapshots`], [`Answer::pieces`]. 4: the portable format is not hashed by the pipeline, too;
 /// [`Message::Lane`]. 5: in the portable format, data of 256 KiB a record, and digests of contents that are stated.
-pub const PROTOCOL: u32 = 5;
+/// 6: [`Message::Expected`].
+pub const PROTOCOL: u32 = 6;
 
 /// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
 /// [`MESSAGE_LIMIT`].
@@ -121,6 +122,8 @@ pub enum Message {
     Lane(Lane),
     /// 23: the receiver waits for the lane's stream of bytes; [`Message::Finished`] follows when the step is over.
     LaneReady,
+    /// 24: before [`Message::Conclude`], the sender of a dry run tells how many bytes the deltas would have at most.
+    Expected(u64),
 }
 
 /// A further connection for the bytes of a step that is being sent.
@@ -514,6 +517,7 @@ impl Message {
             Self::Snapshots(_) => "Snapshots",
             Self::Lane(_) => "Lane",
             Self::LaneReady => "LaneReady",
+            Self::Expected(_) => "Expected",
         }
     }
 
@@ -532,7 +536,7 @@ impl Message {
             Self::Problem(problem) => problem.check(),
             Self::PullRequest(_) | Self::Describe(_) | Self::StepReady(_) | Self::Finish | Self::Finished => Ok(()),
             Self::Remarks(remarks) => check_remarks(remarks),
-            Self::TakeOver(_) | Self::TakenOver(_) | Self::Lane(_) | Self::LaneReady => Ok(()),
+            Self::TakeOver(_) | Self::TakenOver(_) | Self::Lane(_) | Self::LaneReady | Self::Expected(_) => Ok(()),
             Self::AskClaims(AskClaims { volumes, .. }) => check_claims(volumes.len()),
             Self::Claims(claims) => check_claims(claims.len()),
             Self::Rest(rest) => rest.forgotten.check().and_then(|()| outline::check(&rest.older)),

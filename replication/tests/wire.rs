@@ -154,6 +154,7 @@ fn messages() -> Vec<Message> {
     all.push(Message::TakenOver(TakenOver { epoch: 2 }));
     all.push(Message::Lane(Lane { protocol: PROTOCOL, stream: Uuid::from_u128(7) }));
     all.push(Message::LaneReady);
+    all.push(Message::Expected(300));
     all.push(Message::AskClaims(AskClaims { protocol: PROTOCOL, volumes: vec![volume(DB)] }));
     all.push(Message::Claims(vec![VolumeClaim {
         volume: volume(DB),

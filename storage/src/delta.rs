@@ -77,6 +77,10 @@ pub const CHUNK_LIMIT: usize = 400 * 1024;
 pub trait DeltaReader: Send {
     /// Returns the next chunk, `None` at the end. Dropping the future loses nothing; dropping the reader ends its work.
     async fn next(&mut self) -> Result<Option<Bytes>>;
+    /// Tells whether its bytes are known not to shrink: encrypted data that is sent as it lies. Whoever sends them need not try.
+    fn is_packed(&self) -> bool {
+        false
+    }
     /// Takes out what the user should know of this delta: a base that could not be used, a socket left out. Complete once
     /// [`DeltaReader::next`] has returned `None`.
     fn take_findings(&mut self) -> Vec<Finding> {

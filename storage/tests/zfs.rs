@@ -205,6 +205,10 @@ async fn an_encrypted_volume_travels_as_it_lies_and_the_replica_needs_no_key() {
     let two = take(&*a, volume.id).await;
     assert_eq!(push((&*a, &*b), &volume, None, &one, &native).await.unwrap(), one);
     assert_eq!(push((&*a, &*b), &volume, Some(&one), &two, &native).await.unwrap(), two);
+    for (format, is_packed) in [(&native, true), (&DeltaFormat::tree(), false)] {
+        let reader = a.read_delta(request(None, &one, format)).await.unwrap();
+        assert_eq!(reader.is_packed(), is_packed, "only what lies encrypted is known not to shrink");
+    }
     let dataset = format!("{}/b/volumes/{}", host.root(), volume.id);
     assert_eq!(host.zfs(&["get", "-H", "-o", "value", "keystatus", &dataset]), "unavailable\n");
     assert_eq!(b.lineage(volume.id).await.unwrap(), a.lineage(volume.id).await.unwrap());

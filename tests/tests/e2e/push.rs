@@ -161,6 +161,38 @@ fn a_dry_run_says_what_would_be_done_and_changes_nothing() {
 }
 
 #[test]
+fn a_dry_run_says_how_much_would_be_sent_before_anything_is() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    write_random(&mount.join("large"), 41, 6 << 20);
+    write_random(&mount.join("changes"), 42, 1 << 20);
+    a.cli(&["snapshot", "db@one"]).ok();
+    let expected = |transfer: &Value| transfer["progress"]["expected_bytes"].as_u64().unwrap();
+    let full = expected(&a.cli(&["push", "db@one", "host-b", "--dry-run"]).ok().json());
+    a.push("db@one", "host-b");
+    write_random(&mount.join("changes"), 43, 1 << 20);
+    a.cli(&["snapshot", "db@two"]).ok();
+    write_random(&mount.join("changes"), 44, 1 << 20);
+    a.cli(&["snapshot", "db@three"]).ok();
+
+    let push = a.cli(&["push", "db@three", "host-b", "--dry-run"]).ok().json();
+    let pull = b.cli(&["pull", "db@three", "host-a", "--dry-run"]).ok().json();
+    let said = a.cli_for_people(&["push", "db@three", "host-b", "--dry-run"]).ok();
+    assert_eq!(histories(b)["db"], ["one"], "nothing was sent");
+    let done = a.push("db@three", "host-b");
+
+    assert!((7 << 20..8 << 20).contains(&full), "{full}");
+    assert!((2 << 20..3 << 20).contains(&expected(&push)), "{push}");
+    assert_eq!(expected(&push), expected(&pull), "the sender says so to whoever asks");
+    assert_eq!(delta_bytes(&push) + delta_bytes(&pull), 0);
+    // The headers of data records are not counted.
+    assert!(delta_bytes(&done) < expected(&push) + (64 << 10), "{done}\n{push}");
+    let sentence = "would send 2 snapshots (two, three), beginning with the difference to one (taken on host-a), 2.0 MiB of delta at most";
+    assert!(said.stdout.contains(sentence) || said.stderr.contains(sentence), "{said:?}");
+}
+
+#[test]
 fn a_push_of_what_is_there_is_up_to_date() {
     let mut cluster = Cluster::start(2);
     let (a, b) = cluster.pair();
@@ -264,14 +296,14 @@ fn exchanges_one_after_the_other_share_a_connection() {
     assert_equal(&mount, &b.mount("db"));
 }
 
-/// A node serves 64 exchanges at once.
+/// A node serves 64 exchanges at once; there are a hundred.
 #[test]
 fn more_pushes_at_once_than_a_node_serves_all_arrive() {
     let mut cluster = Cluster::start(2);
     let (a, b) = cluster.pair();
-    let names: Vec<String> = (0..80).map(|number| format!("v{number}")).collect();
+    let names: Vec<String> = (0..100).map(|number| format!("v{number}")).collect();
     for name in &names {
-        a.cli(&["create", name]).ok();
+        fs::write(a.create_mounted(name).join("file"), name).unwrap();
         a.cli(&["snapshot", &format!("{name}@one")]).ok();
     }
     let request = serde_json::json!({"peer": "host-b", "snapshot": "one"});
@@ -285,6 +317,9 @@ fn more_pushes_at_once_than_a_node_serves_all_arrive() {
 
     let there = histories(b);
     assert!(names.iter().all(|name| there[name] == ["one"]), "{there:?}");
+    for name in &names {
+        assert_eq!(fs::read_to_string(b.mount(name).join("file")).unwrap(), *name);
+    }
 }
 
 #[test]

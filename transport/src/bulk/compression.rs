@@ -40,6 +40,7 @@ pub(super) enum Choice {
 /// Chooses the level of each frame.
 #[derive(Debug)]
 pub(super) struct Pacer {
+    is_off: bool,
     /// In [`LEVELS`].
     level: usize,
     misses: u32,
@@ -54,6 +55,7 @@ pub(super) struct Pacer {
 impl Pacer {
     pub(super) fn new() -> Self {
         Self {
+            is_off: false,
             level: START,
             misses: 0,
             store_left: 0,
@@ -65,7 +67,15 @@ impl Pacer {
         }
     }
 
+    /// For data that is known not to shrink.
+    pub(super) fn off() -> Self {
+        Self { is_off: true, ..Self::new() }
+    }
+
     pub(super) fn choose(&mut self) -> Choice {
+        if self.is_off {
+            return Choice::Store;
+        }
         if self.store_left > 0 {
             self.store_left -= 1;
             return Choice::Store;

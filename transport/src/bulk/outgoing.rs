@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     BoxError, BulkError, BulkStream, ChunkSource, Expected, Integrity, Progress, Reader, Sent,
-    compression::{Choice, Compressors},
+    compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, FRAME_RAW, HEADER_LEN, Header, Kind},
     nobody,
     queue::{Frame, Queue, Slot},
@@ -57,13 +57,15 @@ pub struct OutgoingLimits {
     pub integrity: Integrity,
     /// What the receiver is told of the length.
     pub expected: Expected,
+    /// The bytes are known not to shrink, encrypted as they are: no frame is compressed.
+    pub is_packed: bool,
 }
 
 impl Default for OutgoingLimits {
     fn default() -> Self {
         let (no_progress, integrity) = (NO_PROGRESS, Integrity::default());
         let expected = Expected::default();
-        Self { window: 8 * 1024 * 1024, no_progress, gates: Vec::new(), integrity, expected }
+        Self { window: 8 * 1024 * 1024, no_progress, gates: Vec::new(), integrity, expected, is_packed: false }
     }
 }
 
@@ -79,7 +81,7 @@ impl Outgoing {
     /// A delta of which nothing was sent.
     pub fn new(limits: OutgoingLimits) -> Self {
         let shared = Shared {
-            queue: Mutex::new(Queue::new()),
+            queue: Mutex::new(Queue::new(if limits.is_packed { Pacer::off() } else { Pacer::new() })),
             room: Notify::new(),
             ready: Notify::new(),
             compressors: Compressors::default(),

@@ -43,7 +43,7 @@ pub(super) struct Frame {
 }
 
 impl Queue {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(pacer: Pacer) -> Self {
         Self {
             first: 0,
             next_unwritten: 0,
@@ -53,7 +53,7 @@ impl Queue {
             end: End { raw_bytes: 0, digest: [0; 32] },
             acknowledged: Progress::default(),
             wire_bytes: 0,
-            pacer: Pacer::new(),
+            pacer,
             waits: Waits::default(),
         }
     }

@@ -125,6 +125,8 @@ struct Sending {
     stdout: ChildStdout,
     /// What is handed out before its output.
     first: Vec<u8>,
+    /// The data is encrypted, and sent as it lies.
+    is_raw: bool,
 }
 
 impl Pool {
@@ -218,11 +220,16 @@ impl Pool {
     fn start_sending(&self, request: &DeltaRequest, volume: &Volume, target: &StoredSnapshot) -> Result<Sending> {
         let failed = |kind: ErrorKind| Error::new(OPERATION, target.snapshot.id, kind);
         let words = self.words(request, volume)?;
+        // A token has the word `-w` in it.
+        let is_raw = match &request.resume {
+            Some(_) => self.is_encrypted(volume).map_err(|it| failed(it.into_kind()))?,
+            None => words.iter().any(|word| word == "-w"),
+        };
         let running = self.programs.start_zfs(&words, Input::Nothing).map_err(|it| failed(it.into_kind()))?;
         let Some(stdout) = running.take_stdout() else {
             return Err(failed(ErrorKind::Io(io::Error::other("zfs send has no output"))));
         };
-        Ok(Sending { running: Arc::new(running), stdout, first: preamble(target) })
+        Ok(Sending { running: Arc::new(running), stdout, first: preamble(target), is_raw })
     }
 
     /// Tells whether a volume's data is encrypted at rest; it is sent as it lies then.
@@ -260,6 +267,7 @@ pub(super) struct ZfsDeltaReader {
     chunks: mpsc::Receiver<Result<Option<Bytes>>>,
     stop: Stopper,
     ended: bool,
+    is_packed: bool,
     findings: Arc<Mutex<Vec<Finding>>>,
 }
 
@@ -280,6 +288,7 @@ impl ZfsDeltaReader {
             From::Trees(writer) => Stopper::Flag(writer.stopper()),
             From::Program(sending) => Stopper::Program(Arc::clone(&sending.running)),
         };
+        let is_packed = matches!(&source.from, From::Program(sending) if sending.is_raw);
         let (sender, chunks) = mpsc::channel(CHUNKS_AHEAD);
         let findings: Arc<Mutex<Vec<Finding>>> = Arc::default();
         let found = Arc::clone(&findings);
@@ -303,7 +312,7 @@ impl ZfsDeltaReader {
                 }
             }
         });
-        Self { chunks, stop, ended: false, findings }
+        Self { chunks, stop, ended: false, is_packed, findings }
     }
 }
 
@@ -319,6 +328,10 @@ impl DeltaReader for ZfsDeltaReader {
         });
         self.ended = !matches!(next, Ok(Some(_)));
         next
+    }
+
+    fn is_packed(&self) -> bool {
+        self.is_packed
     }
 
     fn take_findings(&mut self) -> Vec<Finding> {
