@@ -322,6 +322,40 @@ fn more_pushes_at_once_than_a_node_serves_all_arrive() {
     }
 }
 
+/// A node lets an exchange wait 20 s for one of its 64 places.
+#[test]
+fn a_push_to_a_node_that_is_busy_is_told_so_and_arrives_when_there_is_room() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let names: Vec<String> = (0..65).map(|number| format!("v{number}")).collect();
+    for (seed, name) in (0..).zip(&names) {
+        write_random(&a.create_mounted(name).join("file"), seed, 1 << 20);
+        a.cli(&["snapshot", &format!("{name}@one")]).ok();
+    }
+    let (last, slow) = names.split_last().unwrap();
+    let request = serde_json::json!({"peer": "host-b", "snapshot": "one", "limit_bytes_per_second": 1024});
+    let start =
+        |name: &String| text(&a.http("POST", &format!("/v1/volumes/{name}/push"), Some(&request)).is(202).json()["id"]);
+    let ids: Vec<String> = slow.iter().map(start).collect();
+    flocker_tests::wait_until("all places are taken", flocker_tests::SHORT, || {
+        ids.iter().all(|id| a.transfer(id)["outcome"] != Value::Null).then_some(())
+    });
+
+    let request = serde_json::json!({"peer": "host-b", "snapshot": "one"});
+    let id = text(&a.http("POST", &format!("/v1/volumes/{last}/push"), Some(&request)).is(202).json()["id"]);
+    let told = flocker_tests::wait_until("the peer says that it is busy", flocker_tests::LONG, || {
+        let transfer = a.transfer(&id);
+        (transfer["state"] == "interrupted").then_some(transfer)
+    });
+    for id in &ids {
+        a.cli(&["transfers", "cancel", id]).ok();
+    }
+    a.wait_done(&id, flocker_tests::LONG);
+
+    assert_eq!(told["problem"]["code"], "peer_busy", "{told}");
+    assert_eq!(histories(b)[last], ["one"]);
+}
+
 #[test]
 fn a_kept_connection_to_a_peer_that_was_killed_is_in_nobodys_way() {
     let mut cluster = Cluster::start(2);
