@@ -130,12 +130,13 @@ impl Node {
     }
 }
 
-/// Tells whether somebody with these addresses may be the one at `at`. A name may stand for any.
+/// Tells whether somebody with these addresses may be the one at `at`. A name may stand for any, and so may nothing.
 pub(crate) fn may_be_at(addresses: &[String], at: SocketAddr) -> bool {
-    addresses.iter().any(|address| match address.parse::<SocketAddr>() {
-        Ok(known) => known.port() == at.port() && known.ip().to_canonical() == at.ip().to_canonical(),
-        Err(_) => true,
-    })
+    addresses.is_empty()
+        || addresses.iter().any(|address| match address.parse::<SocketAddr>() {
+            Ok(known) => known.port() == at.port() && known.ip().to_canonical() == at.ip().to_canonical(),
+            Err(_) => true,
+        })
 }
 
 /// Finds the address that packets to elsewhere leave from; no packet is sent (RFC 5737 address).
@@ -161,6 +162,7 @@ mod tests {
         assert!(known(&["127.0.0.1:7801", "10.0.0.7:7801"]));
         assert!(known(&["[::ffff:10.0.0.7]:7801"]), "the same, as a socket for both families writes it");
         assert!(known(&["db1.example:7801"]), "a name may stand for any address");
+        assert!(known(&[]), "it has not said where it is");
         assert!(!known(&["10.0.0.8:7801", "127.0.0.1:7801"]));
         assert!(!known(&["10.0.0.7:7802"]));
     }

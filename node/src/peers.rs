@@ -4,12 +4,18 @@
 //! small protocols: enrolment (`flocker-enrol/1`, for newcomers) and membership (`flocker-member/1`, between members,
 //! who exchange all they know whenever one starts or moves, and now and then). Refuses to know volumes.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use flocker_certs::{EnrolRefusal, EnrolReply, EnrolRequest, Member, NodeId, PeerIdentity, Token};
 use flocker_storage::{clock, model::NodeName};
 use flocker_transport::{ALPN, CloseCode, Connection, ErrorKind as LinkErrorKind, Exchange, Handler};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, futures::Notified};
@@ -84,6 +90,24 @@ impl Peers {
         self.lock().get(node_id).is_none_or(|row| addresses::may_be_at(&row.addresses, at))
     }
 
+    /// Returns the addresses of a peer as they are now.
+    fn addresses(&self, row: &PeerRow) -> Vec<String> {
+        self.lock().get(&row.node_id).unwrap_or(row).addresses.clone()
+    }
+
+    /// Returns an address of a peer that was not tried yet: one that it has now, else one that it had.
+    fn untried_address(&self, row: &PeerRow, tried: &BTreeSet<String>) -> Option<String> {
+        self.addresses(row).into_iter().chain(row.addresses.iter().cloned()).find(|address| !tried.contains(address))
+    }
+
+    /// Notes that a peer was there. Where it said meanwhile that it is elsewhere than when `row` was read, that stays.
+    fn note_seen(&self, row: &PeerRow, now: Timestamp) -> PeerRow {
+        let mut rows = self.lock();
+        let known = rows.entry(row.node_id.clone()).or_insert_with(|| row.clone());
+        known.last_seen = Some(now);
+        known.clone()
+    }
+
     fn by_name(&self, name: &NodeName) -> Option<PeerRow> {
         self.lock().values().find(|row| row.name == *name).cloned()
     }
@@ -134,19 +158,22 @@ impl Node {
             transient: true,
             problem: problem::peer_unreachable(name, "no address is known for it; is it started?"),
         };
-        for address in &row.addresses {
-            let resolved = match resolve(address).await {
+        let mut tried = BTreeSet::new();
+        while let Some(address) = self.peers.untried_address(row, &tried) {
+            tried.insert(address.clone());
+            let resolved = match resolve(&address).await {
                 Ok(resolved) => resolved,
                 Err(why) => {
                     last.problem = problem::peer_unreachable(name, format!("{address}: {why}"));
                     continue;
                 }
             };
-            match self.dial(row, resolved, expected, alpn).await {
-                Ok(connection) => {
+            match self.dial(row, (&address, resolved), expected, alpn).await {
+                Ok(Some(connection)) => {
                     self.seen(row).await;
                     return Ok(connection);
                 }
+                Ok(None) => tracing::info!(peer = %name, %address, "it says that it is elsewhere"),
                 Err(error) => {
                     tracing::warn!(peer = %name, %address, "{}", chain(&error));
                     last = Failure { transient: error.kind.is_transient(), problem: link_problem(name, &error) };
@@ -156,28 +183,30 @@ impl Node {
         Err(last)
     }
 
-    /// Connects to one address. A handshake that waits for its next try begins anew, once, when the peer is heard from: it may
-    /// have just started.
+    /// Connects to one address, as it is written and as it is. A handshake that waits for its next try begins anew, once, when the
+    /// peer is heard from: it may have just started. `None`: it was heard from, and is elsewhere.
     async fn dial(
         &self,
         row: &PeerRow,
-        address: SocketAddr,
+        (written, address): (&str, SocketAddr),
         expected: NodeId,
         alpn: &'static [u8],
-    ) -> flocker_transport::Result<Connection> {
+    ) -> flocker_transport::Result<Option<Connection>> {
         let heard = self.peers.heard(&row.node_id);
         let heard = heard.notified();
         tokio::select! {
             biased;
-            connected = self.endpoint.connect(address, Some(expected), alpn) => return connected,
+            connected = self.endpoint.connect(address, Some(expected), alpn) => return connected.map(Some),
             () = heard => {}
         }
-        self.endpoint.connect(address, Some(expected), alpn).await
+        if !self.peers.addresses(row).iter().any(|known| known == written) {
+            return Ok(None);
+        }
+        self.endpoint.connect(address, Some(expected), alpn).await.map(Some)
     }
 
     async fn seen(&self, row: &PeerRow) {
-        let row = PeerRow { last_seen: Some(clock::now()), ..row.clone() };
-        self.peers.lock().insert(row.node_id.clone(), row.clone());
+        let row = self.peers.note_seen(row, clock::now());
         if let Err(error) = self.state.put_peer(&row).await {
             tracing::error!("{}", chain(&error));
         }
@@ -427,3 +456,34 @@ pub(crate) async fn linger(mut exchange: Exchange, connection: &Connection) {
 
 /// The protocol of pushes and pulls, for [`Node::connect`].
 pub(crate) const PUSH_ALPN: &[u8] = ALPN;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn row(addresses: &[&str]) -> PeerRow {
+        let addresses = addresses.iter().map(|address| (*address).to_owned()).collect();
+        PeerRow { node_id: "b".to_owned(), name: "host-b".parse().unwrap(), addresses, last_seen: None }
+    }
+
+    #[test]
+    fn a_peer_that_moves_while_it_is_dialled_is_tried_where_it_is_and_stays_known_there() {
+        let (old, new) = (row(&["10.0.0.1:7", "127.0.0.1:7"]), row(&["10.0.0.2:7", "127.0.0.1:7"]));
+        let peers = Peers::default();
+        let mut tried = BTreeSet::from([old.addresses[0].clone()]);
+        peers.lock().insert(new.node_id.clone(), new.clone());
+
+        assert_eq!(peers.untried_address(&old, &tried).unwrap(), new.addresses[0]);
+        tried.extend(new.addresses.clone());
+        assert_eq!(peers.untried_address(&old, &tried), None);
+        assert_eq!(peers.untried_address(&old, &BTreeSet::from_iter(new.addresses.clone())).unwrap(), old.addresses[0]);
+        let seen = peers.note_seen(&old, clock::now());
+        assert_eq!(
+            (&seen.addresses, seen.last_seen.is_some()),
+            (&new.addresses, true),
+            "what was read before is older"
+        );
+        assert_eq!(peers.addresses(&old), new.addresses);
+    }
+}

@@ -1,6 +1,6 @@
 //! Pushes over lines that are long and lose packets, and a sender that moves to another network in the middle.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{fs, net::Ipv4Addr, time::Duration};
 
 use flocker_tests::{
     Cluster, Node, Options, SHORT, Scratch,
@@ -128,6 +128,29 @@ fn a_receiver_whose_address_changes_in_the_middle_of_a_push_tells_the_sender_whi
     assert_sound(b);
     let peers = a.http("GET", "/v1/peers", None).is(200).json();
     assert_eq!(peers[0]["addresses"], serde_json::json!(["10.77.9.9:7801", "127.0.0.1:7801"]), "{peers}");
+}
+
+#[test]
+fn a_push_that_begins_while_the_peer_is_between_two_networks_finds_it_in_the_other() {
+    if !require("tun") {
+        return;
+    }
+    let line = Line::start(seed());
+    let mut cluster = that_may_both_move(&line);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    fs::write(mount.join("data"), "data").unwrap();
+    a.cli(&["snapshot", "db@one"]).ok();
+    line.cut();
+    let before = line.dropped();
+    let push = a.start_cli(&["push", "db@one", "host-b"]);
+    wait_until("the push asks where the peer was", SHORT, || (line.dropped() > before).then_some(()));
+
+    line.ends[1].move_to(Ipv4Addr::new(10, 77, 9, 9));
+    line.mend();
+
+    push.finish(SHORT).ok();
+    assert_equal(&mount, &b.mount("db"));
 }
 
 #[test]
