@@ -154,31 +154,46 @@ impl Node {
             transient: false,
             problem: problem::internal(format!("the NodeId remembered for {name} is damaged: {error}")),
         })?;
-        let mut last = Failure {
-            transient: true,
-            problem: problem::peer_unreachable(name, "no address is known for it; is it started?"),
-        };
+        let unreachable = |why: String| Failure { transient: true, problem: problem::peer_unreachable(name, why) };
+        let mut last = unreachable("no address is known for it; is it started?".to_owned());
+        // Who is somebody else says nothing about the peer: it counts where nothing else was met.
+        let mut met_others_only = true;
         let mut tried = BTreeSet::new();
         while let Some(address) = self.peers.untried_address(row, &tried) {
             tried.insert(address.clone());
             let resolved = match resolve(&address).await {
                 Ok(resolved) => resolved,
                 Err(why) => {
-                    last.problem = problem::peer_unreachable(name, format!("{address}: {why}"));
+                    (last, met_others_only) = (unreachable(format!("{address}: {why}")), false);
                     continue;
                 }
             };
-            match self.dial(row, (&address, resolved), expected, alpn).await {
+            let error = match self.dial(row, (&address, resolved), expected, alpn).await {
                 Ok(Some(connection)) => {
                     self.seen(row).await;
                     return Ok(connection);
                 }
-                Ok(None) => tracing::info!(peer = %name, %address, "it says that it is elsewhere"),
-                Err(error) => {
-                    tracing::warn!(peer = %name, %address, "{}", chain(&error));
-                    last = Failure { transient: error.kind.is_transient(), problem: link_problem(name, &error) };
+                Ok(None) => {
+                    tracing::info!(peer = %name, %address, "it says that it is elsewhere");
+                    continue;
                 }
+                Err(error) => error,
+            };
+            let failure = match &error.kind {
+                // One address of a peer that listens everywhere is loopback, where this node may listen, too.
+                LinkErrorKind::PeerRejected { claimed: Some(other), .. } if other.node_id == self.identity.node_id => {
+                    unreachable(format!("{address} is this node itself"))
+                }
+                kind => {
+                    tracing::warn!(peer = %name, %address, "{}", chain(&error));
+                    Failure { transient: kind.is_transient(), problem: link_problem(name, &error) }
+                }
+            };
+            let is_other = matches!(error.kind, LinkErrorKind::PeerRejected { .. });
+            if !is_other || met_others_only {
+                last = failure;
             }
+            met_others_only &= is_other;
         }
         Err(last)
     }

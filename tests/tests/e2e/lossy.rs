@@ -3,7 +3,7 @@
 use std::{fs, net::Ipv4Addr, time::Duration};
 
 use flocker_tests::{
-    Cluster, Node, Options, SHORT, Scratch,
+    Cluster, LONG, Node, Options, SHORT, Scratch,
     data::{seed, write_ordinary_tree, write_random},
     invariants::{assert_sound, text},
     line::{Bottleneck, Line, Quality},
@@ -128,6 +128,39 @@ fn a_receiver_whose_address_changes_in_the_middle_of_a_push_tells_the_sender_whi
     assert_sound(b);
     let peers = a.http("GET", "/v1/peers", None).is(200).json();
     assert_eq!(peers[0]["addresses"], serde_json::json!(["10.77.9.9:7801", "127.0.0.1:7801"]), "{peers}");
+}
+
+#[test]
+fn a_push_whose_line_is_cut_for_long_goes_on_where_both_sides_listen_on_the_same_port() {
+    if !require("tun") {
+        return;
+    }
+    let line = Line::start(seed());
+    let mut cluster = that_may_both_move(&line);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    write_random(&mount.join("data"), 84, 12 * MEBIBYTE);
+    a.cli(&["snapshot", "db@one"]).ok();
+    line.set(NARROW);
+    let id = text(&a.cli(&["push", "db@one", "host-b", "--detach"]).ok().json()["id"]);
+    let delta_bytes = || a.transfer(&id)["progress"]["delta_bytes"].as_u64().unwrap();
+    wait_until("a third is there", SHORT, || (delta_bytes() > 4 * MEBIBYTE).then_some(()));
+
+    line.cut();
+    // The peer's other address is loopback, where the sender finds itself: that says nothing about the peer.
+    let refused = wait_until("it has tried to connect anew in vain", LONG, || {
+        let transfer = a.transfer(&id);
+        assert_ne!(transfer["state"], "failed", "{transfer}");
+        let detail = transfer["problem"]["detail"].as_str().unwrap_or_default();
+        detail.contains("nothing answers").then(|| transfer.clone())
+    });
+    line.mend();
+    let done = a.wait_done(&id, LONG);
+
+    assert_eq!((&refused["state"], &refused["problem"]["code"]), (&"interrupted".into(), &"peer_unreachable".into()));
+    assert_eq!(done["progress"]["resumed"], 1, "{done}");
+    assert!(delta_bytes() < 13 * MEBIBYTE, "nothing was sent twice: {done}");
+    assert_equal(&mount, &b.mount("db"));
 }
 
 #[test]
