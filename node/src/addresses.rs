@@ -2,18 +2,17 @@
 //!
 //! QUIC lets the side that connected change its address in the middle; the other side may not (RFC 9000, section 9). So a node looks
 //! at its own address, tells its peers at once when it has another one, and whoever had connected to it there connects anew.
-//! Refuses to know transfers; neighbours: [`crate::peers`] remembers the addresses, [`crate::transfers`] goes on.
+//! Refuses to know transfers; neighbours: [`crate::peers`] remembers the addresses, [`crate::kept`] closes what is left.
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::Duration,
 };
 
-use flocker_transport::{CloseCode, Connection};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use flocker_transport::Connection;
 
-use crate::{daemon::Node, kept::Lent, transfers::Job};
+use crate::daemon::Node;
 
 /// How often members compare notes without a reason.
 const SYNC_INTERVAL: Duration = Duration::from_secs(30);
@@ -74,45 +73,8 @@ impl Node {
         }
     }
 
-    /// Closes a connection that was accepted when the node stops; until the guard is dropped.
-    pub(crate) fn close_on_stop(&self, connection: &Connection) -> DropGuard {
-        let over = CancellationToken::new();
-        let (connection, node, watch) = (connection.clone(), self.cancel.clone(), over.clone());
-        self.tasks.spawn(async move {
-            tokio::select! {
-                biased;
-                () = watch.cancelled() => {}
-                () = node.cancelled() => connection.close(CloseCode::ShuttingDown, ""),
-            }
-        });
-        over.drop_guard()
-    }
-
-    /// Closes a connection that was dialled when a user cancels or pauses the job, the node stops or the peer has moved, so that
-    /// whoever uses it unwinds; until the guard is dropped.
-    pub(crate) fn close_lent_on_stop(self: &Arc<Self>, lent: &Lent, job: Option<&Arc<Job>>) -> DropGuard {
-        let Some(job) = job.cloned() else { return self.close_on_stop(&lent.connection) };
-        let over = CancellationToken::new();
-        let (connection, node, watch, paused) = (lent.connection.clone(), self.clone(), over.clone(), job.pause());
-        self.tasks.spawn(async move {
-            let code = tokio::select! {
-                biased;
-                () = watch.cancelled() => return,
-                () = job.cancel.cancelled() => CloseCode::Cancelled,
-                () = paused.cancelled() => CloseCode::Paused,
-                () = node.cancel.cancelled() => CloseCode::ShuttingDown,
-                () = node.is_left(&connection) => {
-                    job.peer_moved.store(true, Ordering::Relaxed);
-                    CloseCode::TimedOut
-                }
-            };
-            connection.close(code, "");
-        });
-        over.drop_guard()
-    }
-
     /// Ends when the peer says that it is elsewhere, and nothing comes over this connection any more.
-    async fn is_left(&self, connection: &Connection) {
+    pub(crate) async fn is_left(&self, connection: &Connection) {
         let Some(peer) = connection.peer() else { return std::future::pending().await };
         let node_id = peer.node_id.to_string();
         loop {

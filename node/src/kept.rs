@@ -2,20 +2,27 @@
 //!
 //! Owns which connections are kept, how long and how many. One exchange has a connection for itself: it takes one that waits, or
 //! a new one, and gives it back only when all was said; a connection on which anything else happened is closed. So an exchange can
-//! be cancelled by closing its connection, and no exchange waits for the window of another. Refuses to know what is said. Neighbours:
-//! [`crate::peers`] dials, [`crate::line`] notices that a kept connection is dead.
+//! be cancelled by closing its connection, which happens here, too, and no exchange waits for the window of another. Refuses to know
+//! what is said. Neighbours: [`crate::peers`] dials, [`crate::line`] notices that a kept connection is dead, [`crate::addresses`] that
+//! the peer is elsewhere.
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use flocker_storage::model::NodeName;
 use flocker_transport::{CloseCode, Connection};
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::{daemon::Node, peers::PUSH_ALPN, state::PeerRow, transfers::Failure};
+use crate::{
+    daemon::Node,
+    peers::PUSH_ALPN,
+    state::PeerRow,
+    transfers::{Failure, Job},
+};
 
 /// How long a connection waits for its next use. Shorter than [`SERVED_IDLE`], so that mostly the side that opened it closes it.
 const IDLE: Duration = Duration::from_secs(3 * 60);
@@ -121,5 +128,42 @@ impl Node {
     /// Keeps a connection on which all was said for its next use.
     pub(crate) fn give_back(&self, lent: Lent) {
         self.kept.put(lent.peer, lent.connection, lent.dialled);
+    }
+
+    /// Closes a connection that was accepted when the node stops; until the guard is dropped.
+    pub(crate) fn close_on_stop(&self, connection: &Connection) -> DropGuard {
+        let over = CancellationToken::new();
+        let (connection, node, watch) = (connection.clone(), self.cancel.clone(), over.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = watch.cancelled() => {}
+                () = node.cancelled() => connection.close(CloseCode::ShuttingDown, ""),
+            }
+        });
+        over.drop_guard()
+    }
+
+    /// Closes a connection that was dialled when a user cancels or pauses the job, the node stops or the peer has moved, so that
+    /// whoever uses it unwinds; until the guard is dropped.
+    pub(crate) fn close_lent_on_stop(self: &Arc<Self>, lent: &Lent, job: Option<&Arc<Job>>) -> DropGuard {
+        let Some(job) = job.cloned() else { return self.close_on_stop(&lent.connection) };
+        let over = CancellationToken::new();
+        let (connection, node, watch, paused) = (lent.connection.clone(), self.clone(), over.clone(), job.pause());
+        self.tasks.spawn(async move {
+            let code = tokio::select! {
+                biased;
+                () = watch.cancelled() => return,
+                () = job.cancel.cancelled() => CloseCode::Cancelled,
+                () = paused.cancelled() => CloseCode::Paused,
+                () = node.cancel.cancelled() => CloseCode::ShuttingDown,
+                () = node.is_left(&connection) => {
+                    job.peer_moved.store(true, Ordering::Relaxed);
+                    CloseCode::TimedOut
+                }
+            };
+            connection.close(code, "");
+        });
+        over.drop_guard()
     }
 }

@@ -1,6 +1,6 @@
 //! Pushes over lines that are long and lose packets, and a sender that moves to another network in the middle.
 
-use std::{fs, net::Ipv4Addr, time::Duration};
+use std::{fs, net::Ipv4Addr, path::PathBuf, time::Duration};
 
 use flocker_tests::{
     Cluster, LONG, Node, Options, SHORT, Scratch,
@@ -11,8 +11,11 @@ use flocker_tests::{
     tree::assert_equal,
     wait_until,
 };
+use serde_json::Value;
 
 const MEBIBYTE: u64 = 1 << 20;
+
+const PUSH: [&str; 4] = ["push", "db@one", "host-b", "--detach"];
 
 /// A line on which nothing is lost, slow enough that a node moves in the middle of a push.
 const NARROW: Quality = Quality {
@@ -35,6 +38,43 @@ fn at_its_ends(line: &Line) -> Cluster {
         Options { end: Some(right.clone()), listen: Some(right.listen()), ..Options::default() },
     ];
     Cluster::with(Scratch::new(), options)
+}
+
+/// Makes `db@one` of 12 MiB that do not compress; returns where it is mounted.
+#[track_caller]
+fn twelve_mebibytes(node: &Node, seed: u64) -> PathBuf {
+    let mount = node.create_mounted("db");
+    write_random(&mount.join("data"), seed, 12 * MEBIBYTE);
+    node.cli(&["snapshot", "db@one"]).ok();
+    mount
+}
+
+/// Starts a transfer over a narrow line; returns its id when a third has arrived.
+#[track_caller]
+fn under_way(line: &Line, by: &Node, arguments: &[&str]) -> String {
+    line.set(NARROW);
+    let id = text(&by.cli(arguments).ok().json()["id"]);
+    wait_until("a third is there", SHORT, || (delta_bytes(&by.transfer(&id)) > 4 * MEBIBYTE).then_some(()));
+    id
+}
+
+/// Waits for the end of a transfer that went on so many times, and has sent nothing twice.
+#[track_caller]
+fn ends_whole(by: &Node, id: &str, resumed: u64) {
+    let done = by.wait_done(id, LONG);
+    assert_eq!(done["progress"]["resumed"], resumed, "{done}");
+    assert!(delta_bytes(&done) < 13 * MEBIBYTE, "nothing was sent twice: {done}");
+}
+
+fn delta_bytes(transfer: &Value) -> u64 {
+    transfer["progress"]["delta_bytes"].as_u64().unwrap()
+}
+
+/// Moves an end to another network while a transfer is under way.
+#[track_caller]
+fn moves(line: &Line, by: &Node, id: &str, end: usize) {
+    line.ends[end].move_to(Ipv4Addr::new(10, 77, 9, 9));
+    assert_ne!(by.transfer(id)["state"], "done", "too fast to move in the middle of it");
 }
 
 #[test]
@@ -65,20 +105,12 @@ fn a_sender_whose_address_changes_in_the_middle_goes_on_with_the_same_connection
     let line = Line::start(seed());
     let mut cluster = at_its_ends(&line);
     let (a, b) = cluster.pair();
-    let mount = a.create_mounted("db");
-    write_random(&mount.join("data"), 81, 12 * MEBIBYTE);
-    a.cli(&["snapshot", "db@one"]).ok();
-    line.set(NARROW);
-    let id = text(&a.cli(&["push", "db@one", "host-b", "--detach"]).ok().json()["id"]);
-    let delta_bytes = || a.transfer(&id)["progress"]["delta_bytes"].as_u64().unwrap();
-    wait_until("the push is half way", SHORT, || (delta_bytes() > 4 * MEBIBYTE).then_some(()));
+    let mount = twelve_mebibytes(a, 81);
+    let id = under_way(&line, a, &PUSH);
 
-    line.ends[0].move_to(Ipv4Addr::new(10, 77, 9, 9));
-    assert_ne!(a.transfer(&id)["state"], "done", "too fast to move in the middle of it");
-    let done = a.wait_done(&id, SHORT);
+    moves(&line, a, &id, 0);
 
-    assert_eq!(done["progress"]["resumed"], 0, "{done}");
-    assert!(delta_bytes() < 13 * MEBIBYTE, "nothing travelled twice: {done}");
+    ends_whole(a, &id, 0);
     assert_equal(&mount, &b.mount("db"));
     assert_sound(b);
 }
@@ -94,22 +126,6 @@ fn that_may_both_move(line: &Line) -> Cluster {
     Cluster::with(Scratch::new(), options.into())
 }
 
-/// Starts a transfer on `by`, moves the end of the node that it connected to when a third is there, and waits for the end of it.
-#[track_caller]
-fn the_other_side_moves(line: &Line, by: &Node, arguments: &[&str], moving: usize) {
-    line.set(NARROW);
-    let id = text(&by.cli(arguments).ok().json()["id"]);
-    let delta_bytes = || by.transfer(&id)["progress"]["delta_bytes"].as_u64().unwrap();
-    wait_until("a third is there", SHORT, || (delta_bytes() > 4 * MEBIBYTE).then_some(()));
-
-    line.ends[moving].move_to(Ipv4Addr::new(10, 77, 9, 9));
-    assert_ne!(by.transfer(&id)["state"], "done", "too fast to move in the middle of it");
-    let done = by.wait_done(&id, SHORT);
-
-    assert_eq!(done["progress"]["resumed"], 1, "it went on, once: {done}");
-    assert!(delta_bytes() < 13 * MEBIBYTE, "nothing was sent twice: {done}");
-}
-
 #[test]
 fn a_receiver_whose_address_changes_in_the_middle_of_a_push_tells_the_sender_which_goes_on() {
     if !require("tun") {
@@ -118,12 +134,12 @@ fn a_receiver_whose_address_changes_in_the_middle_of_a_push_tells_the_sender_whi
     let line = Line::start(seed());
     let mut cluster = that_may_both_move(&line);
     let (a, b) = cluster.pair();
-    let mount = a.create_mounted("db");
-    write_random(&mount.join("data"), 82, 12 * MEBIBYTE);
-    a.cli(&["snapshot", "db@one"]).ok();
+    let mount = twelve_mebibytes(a, 82);
+    let id = under_way(&line, a, &PUSH);
 
-    the_other_side_moves(&line, a, &["push", "db@one", "host-b", "--detach"], 1);
+    moves(&line, a, &id, 1);
 
+    ends_whole(a, &id, 1);
     assert_equal(&mount, &b.mount("db"));
     assert_sound(b);
     let peers = a.http("GET", "/v1/peers", None).is(200).json();
@@ -138,13 +154,8 @@ fn a_push_whose_line_is_cut_for_long_goes_on_where_both_sides_listen_on_the_same
     let line = Line::start(seed());
     let mut cluster = that_may_both_move(&line);
     let (a, b) = cluster.pair();
-    let mount = a.create_mounted("db");
-    write_random(&mount.join("data"), 84, 12 * MEBIBYTE);
-    a.cli(&["snapshot", "db@one"]).ok();
-    line.set(NARROW);
-    let id = text(&a.cli(&["push", "db@one", "host-b", "--detach"]).ok().json()["id"]);
-    let delta_bytes = || a.transfer(&id)["progress"]["delta_bytes"].as_u64().unwrap();
-    wait_until("a third is there", SHORT, || (delta_bytes() > 4 * MEBIBYTE).then_some(()));
+    let mount = twelve_mebibytes(a, 84);
+    let id = under_way(&line, a, &PUSH);
 
     line.cut();
     // The peer's other address is loopback, where the sender finds itself: that says nothing about the peer.
@@ -155,11 +166,9 @@ fn a_push_whose_line_is_cut_for_long_goes_on_where_both_sides_listen_on_the_same
         detail.contains("nothing answers").then(|| transfer.clone())
     });
     line.mend();
-    let done = a.wait_done(&id, LONG);
 
+    ends_whole(a, &id, 1);
     assert_eq!((&refused["state"], &refused["problem"]["code"]), (&"interrupted".into(), &"peer_unreachable".into()));
-    assert_eq!(done["progress"]["resumed"], 1, "{done}");
-    assert!(delta_bytes() < 13 * MEBIBYTE, "nothing was sent twice: {done}");
     assert_equal(&mount, &b.mount("db"));
 }
 
@@ -194,12 +203,12 @@ fn a_sender_whose_address_changes_in_the_middle_of_a_pull_tells_the_receiver_whi
     let line = Line::start(seed());
     let mut cluster = that_may_both_move(&line);
     let (a, b) = cluster.pair();
-    let mount = a.create_mounted("db");
-    write_random(&mount.join("data"), 83, 12 * MEBIBYTE);
-    a.cli(&["snapshot", "db@one"]).ok();
+    let mount = twelve_mebibytes(a, 83);
+    let id = under_way(&line, b, &["pull", "db@one", "host-a", "--detach"]);
 
-    the_other_side_moves(&line, b, &["pull", "db@one", "host-a", "--detach"], 0);
+    moves(&line, b, &id, 0);
 
+    ends_whole(b, &id, 1);
     assert_equal(&mount, &b.mount("db"));
     assert_sound(b);
 }
