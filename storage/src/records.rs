@@ -5,13 +5,10 @@
 //! Neighbours: the drivers that keep records in files.
 
 use std::{
-    collections::HashMap,
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -112,59 +109,6 @@ pub fn read<T: DeserializeOwned>(kind: &str, path: &Path) -> Result<T, RecordErr
     decode(kind, &bytes)
 }
 
-/// How long a file must have been left alone before it counts as known: a write that follows sooner could leave its times as
-/// they are, by the clock of the file system.
-const SETTLED: Duration = Duration::from_secs(1);
-
-/// How many records are kept at most; one is some hundred bytes.
-const KNOWN_LIMIT: usize = 100_000;
-
-/// Records read before, by their files: one whose file is as it was is not read and checked again. So listing a volume with many
-/// snapshots costs a look at each file, not its contents.
-pub struct Cache<T> {
-    known: Mutex<HashMap<PathBuf, (Identity, T)>>,
-}
-
-/// Inode, size, mtime and ctime of a file.
-type Identity = (u64, u64, (i64, i64), (i64, i64));
-
-impl<T> Default for Cache<T> {
-    fn default() -> Self {
-        Self { known: Mutex::default() }
-    }
-}
-
-impl<T: Clone + DeserializeOwned> Cache<T> {
-    /// Reads a record file, or returns what it was when it was read before.
-    pub fn read(&self, kind: &str, path: &Path) -> Result<T, RecordError> {
-        let Ok(found) = fs::metadata(path) else { return read(kind, path) };
-        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, body)) = known().get(path).filter(|(identity, _)| *identity == identity_of(&found)) {
-            return Ok(body.clone());
-        }
-        let body: T = read(kind, path)?;
-        let mut known = known();
-        if known.len() >= KNOWN_LIMIT {
-            known.clear();
-        }
-        if is_settled(&found) {
-            known.insert(path.to_owned(), (identity_of(&found), body.clone()));
-        }
-        Ok(body)
-    }
-}
-
-fn identity_of(found: &Metadata) -> Identity {
-    let (mtime, ctime) = ((found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec()));
-    (found.ino(), found.size(), mtime, ctime)
-}
-
-fn is_settled(found: &Metadata) -> bool {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let changed = Duration::from_secs(u64::try_from(found.ctime()).unwrap_or_default());
-    now.saturating_sub(changed) > SETTLED + Duration::from_secs(1)
-}
-
 /// Writes a record file so that after a crash the old or the new one is there, whole and durable.
 pub fn write<T: Serialize>(kind: &str, dir: &Path, name: &str, body: &T) -> io::Result<()> {
     let temporary = dir.join(format!("{name}.new"));
@@ -232,25 +176,6 @@ mod tests {
         assert!(matches!(decode::<BTreeMap<String, String>>("sample", newer), Err(RecordError::Newer(2))));
         let other = encode("other", &sample()).unwrap();
         assert!(matches!(decode::<BTreeMap<String, String>>("sample", &other), Err(RecordError::Damaged(_))));
-    }
-
-    #[test]
-    fn a_record_that_was_read_before_is_read_again_when_its_file_is_another() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("r.json");
-        let cache = Cache::<u32>::default();
-        assert!(matches!(cache.read("sample", &path), Err(RecordError::Missing)));
-        write("sample", dir.path(), "r.json", &1).unwrap();
-        assert_eq!(cache.read("sample", &path).unwrap(), 1);
-        assert!(cache.known.lock().unwrap().is_empty(), "it has not settled");
-
-        // As if it had been read long after it was written.
-        cache.known.lock().unwrap().insert(path.clone(), (identity_of(&fs::metadata(&path).unwrap()), 7));
-        assert_eq!(cache.read("sample", &path).unwrap(), 7, "its contents are not looked at");
-        write("sample", dir.path(), "r.json", &2).unwrap();
-        assert_eq!(cache.read("sample", &path).unwrap(), 2);
-        fs::remove_file(&path).unwrap();
-        assert!(matches!(cache.read("sample", &path), Err(RecordError::Missing)));
     }
 
     #[test]

@@ -23,6 +23,8 @@ mod intake;
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
 mod partial;
+#[cfg(any(feature = "btrfs", feature = "directory"))]
+mod published;
 #[cfg(feature = "zfs")]
 pub mod zfs;
 

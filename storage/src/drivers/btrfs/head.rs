@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     driver::{Access, Target},
-    drivers::folder::Attachment,
+    drivers::{folder::Attachment, published::Histories},
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, Role, SnapshotKey, VolumeId, VolumeRecord},

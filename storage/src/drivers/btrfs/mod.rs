@@ -31,7 +31,7 @@ mod subvolume;
 mod trash;
 
 use self::pool::Pool;
-use super::{PoolSpec, estimate};
+use super::{PoolSpec, estimate, published::Histories};
 use crate::{
     delta::{Compare, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},

@@ -38,10 +38,10 @@ use crate::{
     drivers::{
         PoolSpec,
         folder::{self, Attachment, locked, make_dir, sync_file_system},
+        published::Published,
     },
     error::{Error, ErrorKind, Result},
     model::{SnapshotKey, VolumeId},
-    records::Cache,
 };
 
 /// How long the space of deleted subvolumes is waited for: at open, where an earlier run may have left much, and when
@@ -56,7 +56,7 @@ pub(super) struct Pool {
     attached: Mutex<HashMap<Target, Attachment>>,
     receiving: Mutex<HashSet<VolumeId>>,
     publishing: Mutex<()>,
-    pub(super) records: Cache<StoredSnapshot>,
+    pub(super) published: Published<StoredSnapshot>,
     deleting: Mutex<Vec<JoinHandle<()>>>,
     // In this order: the lock file is closed before its file system is unmounted.
     _lock: File,
@@ -88,7 +88,7 @@ impl Pool {
             attached: Mutex::default(),
             receiving: Mutex::default(),
             publishing: Mutex::default(),
-            records: Cache::default(),
+            published: Published::default(),
             deleting: Mutex::default(),
             _lock: lock,
             _place: place,

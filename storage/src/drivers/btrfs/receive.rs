@@ -41,6 +41,7 @@ use crate::{
         folder::make_dir,
         intake::Intake,
         partial::{self, Progress},
+        published::{Histories, Record},
     },
     error::{Error, ErrorKind, Result},
     fault,
@@ -421,6 +422,7 @@ impl Work {
             let trashed = head.then(|| pool.trash(OPERATION, &pool.head_dir(volume))).transpose()?;
             fault::point("btrfs.receive.head-trashed");
             stage.publish(OPERATION, "incoming", &pool.snapshot_dir(key))?;
+            pool.published.add(volume, &pool.snapshots_dir(volume), &stored);
             drop(publishing);
             fault::point("btrfs.receive.published");
             if let Some(trashed) = trashed {

@@ -10,7 +10,10 @@ use super::{
 use crate::{
     delta::Compare,
     driver::{Finding, SnapshotReport, SnapshotRequest},
-    drivers::folder::make_dir,
+    drivers::{
+        folder::make_dir,
+        published::{Histories, Record},
+    },
     error::{Error, ErrorKind, Result},
     fault,
     model::SnapshotKey,
@@ -121,6 +124,7 @@ impl Pool {
     fn publish_snapshot(&self, prepared: Prepared) -> Result<SnapshotReport> {
         let Prepared { stage, key, stored } = prepared;
         stage.publish(OPERATION, "snapshot", &self.snapshot_dir(key))?;
+        self.published.add(key.volume, &self.snapshots_dir(key.volume), &stored);
         fault::point("btrfs.snapshot.published");
         Ok(SnapshotReport { held: stored.held(key.volume), warnings: Vec::new() })
     }

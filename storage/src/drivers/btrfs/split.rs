@@ -88,6 +88,9 @@ impl Pool {
             }
             fault::point("btrfs.split.snapshot-moved");
         }
+        for volume in [split.volume, split.fork.id] {
+            self.published.forget(volume);
+        }
         self.repoint_clones(split)?;
         fault::point("btrfs.split.clones-moved");
         for dir in [old.clone(), old.join("snapshots"), new.clone(), new.join("snapshots")] {

@@ -1,19 +1,22 @@
-//! Which volumes and snapshots a pool holds, read from their records each time: there is no index to fall out of step.
+//! Which volumes and snapshots a pool holds, read from their records: there is no index on the disk to fall out of step.
 //!
 //! Owns the records of volumes and snapshots, scan, lineage, and the verbs that touch records and whole directories
 //! only: create, set_record, destroy, forget. Refuses to know what is inside the trees.
 
-use std::{collections::BTreeSet, fs, io, path::Path, str::FromStr, sync::Arc};
+use std::{fs, io, path::Path, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 use super::pool::Pool;
 use crate::{
     driver::{Orphan, Scan, Target},
-    drivers::folder::{is_ours, make_dir},
+    drivers::{
+        folder::{is_ours, make_dir},
+        published::{Histories, Listed, Record},
+    },
     error::{Blockers, Error, ErrorKind, Result},
     fault,
-    model::{HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord, check_metadata},
+    model::{HeldSnapshot, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord, check_metadata},
     records::{self, RecordError, sync_dir},
 };
 
@@ -33,12 +36,20 @@ pub(super) struct StoredSnapshot {
     pub(super) snapshot: Snapshot,
 }
 
-impl StoredSnapshot {
-    pub(super) fn held(self, volume: VolumeId) -> HeldSnapshot {
+impl Record for StoredSnapshot {
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+    fn id(&self) -> SnapshotId {
+        self.snapshot.id
+    }
+    fn held(self, volume: VolumeId) -> HeldSnapshot {
         let Self { unchanged, logical_bytes, snapshot, .. } = self;
         HeldSnapshot { snapshot, volume, unchanged, logical_bytes }
     }
+}
 
+impl StoredSnapshot {
     /// Writes the record in staging; who publishes it makes it durable.
     pub(super) fn stage(&self, dir: &Path) -> io::Result<()> {
         records::stage("snapshot", dir, SNAPSHOT_RECORD, self)
@@ -67,6 +78,18 @@ pub(super) fn lay_out_volume(dir: &Path, record: &VolumeRecord) -> io::Result<()
     write_volume(dir, record)
 }
 
+impl Histories for Pool {
+    type Record = StoredSnapshot;
+
+    fn record(&self, volume: VolumeId) -> std::result::Result<VolumeRecord, RecordError> {
+        read_volume(&self.volume_dir(volume), volume)
+    }
+
+    fn own(&self, volume: VolumeId) -> io::Result<Arc<Vec<StoredSnapshot>>> {
+        self.published.own(volume, &self.snapshots_dir(volume), || self.own_snapshots(volume))
+    }
+}
+
 impl Pool {
     /// Reads a volume's record.
     pub(super) fn volume(&self, operation: &'static str, volume: VolumeId) -> Result<VolumeRecord> {
@@ -81,7 +104,7 @@ impl Pool {
     }
 
     fn read_snapshot(&self, dir: &Path, id: SnapshotId) -> std::result::Result<StoredSnapshot, RecordError> {
-        let stored: StoredSnapshot = self.records.read("snapshot", &dir.join(SNAPSHOT_RECORD))?;
+        let stored: StoredSnapshot = records::read("snapshot", &dir.join(SNAPSHOT_RECORD))?;
         if stored.snapshot.id != id {
             return Err(RecordError::Damaged(format!("it is the record of snapshot {}", stored.snapshot.id)));
         }
@@ -91,8 +114,8 @@ impl Pool {
         Ok(stored)
     }
 
-    /// Lists the volume's own snapshots oldest first, and what else lies among them.
-    pub(super) fn own_snapshots(&self, volume: VolumeId) -> io::Result<(Vec<StoredSnapshot>, Vec<Orphan>)> {
+    /// Reads the volume's own snapshots oldest first, and what else lies among them.
+    pub(super) fn own_snapshots(&self, volume: VolumeId) -> io::Result<Listed<StoredSnapshot>> {
         let (mut snapshots, mut orphans) = (Vec::new(), Vec::new());
         let entries = match fs::read_dir(self.snapshots_dir(volume)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((snapshots, orphans)),
@@ -108,12 +131,6 @@ impl Pool {
         }
         snapshots.sort_by_key(|stored| (stored.sequence, stored.snapshot.id));
         Ok((snapshots, orphans))
-    }
-
-    /// Returns the sequence number for the volume's next snapshot.
-    pub(super) fn next_sequence(&self, operation: &'static str, volume: VolumeId) -> Result<u64> {
-        let (own, _) = self.own_snapshots(volume).map_err(|error| Error::io(operation, volume, error))?;
-        Ok(own.last().map_or(0, |last| last.sequence) + 1)
     }
 
     pub(super) fn scan(&self) -> Result<Scan> {
@@ -154,33 +171,6 @@ impl Pool {
         }
         volumes.sort_by_key(|record| record.id);
         Ok(volumes)
-    }
-
-    /// Follows the origins back. What an origin names and the pool does not hold ends the lineage.
-    pub(super) fn lineage(&self, volume: VolumeId) -> Result<Lineage> {
-        const OPERATION: &str = "read lineage of";
-        let failed = |error: io::Error| Error::io(OPERATION, volume, error);
-        let mut record = self.volume(OPERATION, volume)?;
-        let (own, _) = self.own_snapshots(volume).map_err(failed)?;
-        let mut newest_first: Vec<HeldSnapshot> = own.into_iter().rev().map(|stored| stored.held(volume)).collect();
-        let mut seen = BTreeSet::from([volume]);
-        while let Some(origin) = record.origin {
-            let Ok(parent) = read_volume(&self.volume_dir(origin.volume), origin.volume) else { break };
-            if !seen.insert(origin.volume) {
-                break;
-            }
-            let (own, _) = self.own_snapshots(origin.volume).map_err(failed)?;
-            let Some(at) = own.iter().position(|stored| stored.snapshot.id == origin.snapshot) else { break };
-            newest_first.extend(own.into_iter().take(at + 1).rev().map(|stored| stored.held(origin.volume)));
-            record = parent;
-        }
-        newest_first.reverse();
-        Ok(Lineage { snapshots: newest_first })
-    }
-
-    /// Returns the snapshot that a clean head equals.
-    pub(super) fn tip(&self, volume: VolumeId) -> Result<Option<SnapshotKey>> {
-        Ok(self.lineage(volume)?.tip().map(HeldSnapshot::key))
     }
 
     pub(super) fn create(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
@@ -224,6 +214,7 @@ impl Pool {
         refuse_blocked(OPERATION, volume, Blockers { newer: Vec::new(), clones, attached })?;
         fault::point("directory.destroy.before-trash");
         let trashed = self.trash(OPERATION, &self.volume_dir(volume))?;
+        self.published.forget(volume);
         drop(publishing);
         fault::point("directory.destroy.trashed");
         self.delete_trashed(trashed);
@@ -254,6 +245,7 @@ impl Pool {
         let publishing = self.publishing();
         fault::point("directory.forget.before-trash");
         let trashed = self.trash(OPERATION, &self.snapshot_dir(key))?;
+        self.published.forget(key.volume);
         drop(publishing);
         fault::point("directory.forget.trashed");
         self.delete_trashed(trashed);

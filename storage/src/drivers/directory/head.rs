@@ -23,6 +23,7 @@ use super::{
 use crate::{
     delta::Compare,
     driver::{Access, Target},
+    drivers::published::Histories,
     error::{Blockers, Error, ErrorKind, Result},
     fault,
     model::{HeadState, Role, SnapshotId, SnapshotKey, VolumeId, VolumeRecord},

@@ -25,7 +25,7 @@ mod trash;
 mod verify;
 
 use self::pool::Pool;
-use super::{PoolSpec, estimate};
+use super::{PoolSpec, estimate, published::Histories};
 use crate::{
     delta::{Compare, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},

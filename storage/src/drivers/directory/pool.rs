@@ -32,10 +32,10 @@ use crate::{
         PoolSpec,
         folder::{self, locked, make_dir, sync_file_system},
         partial,
+        published::Published,
     },
     error::{Error, ErrorKind, Result},
     model::{SnapshotId, SnapshotKey, VolumeId},
-    records::Cache,
 };
 
 pub(super) use crate::drivers::folder::Attachment;
@@ -47,7 +47,7 @@ pub(super) struct Pool {
     attached: Mutex<HashMap<Target, Attachment>>,
     receiving: Mutex<HashSet<VolumeId>>,
     publishing: Mutex<()>,
-    pub(super) records: Cache<StoredSnapshot>,
+    pub(super) published: Published<StoredSnapshot>,
     closing: Arc<AtomicBool>,
     deleting: Mutex<Vec<JoinHandle<()>>>,
     _lock: File,
@@ -74,7 +74,7 @@ impl Pool {
             attached: Mutex::default(),
             receiving: Mutex::default(),
             publishing: Mutex::default(),
-            records: Cache::default(),
+            published: Published::default(),
             closing: Arc::default(),
             deleting: Mutex::default(),
             _lock: lock,

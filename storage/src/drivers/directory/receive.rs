@@ -34,6 +34,7 @@ use crate::{
         folder::make_dir,
         intake::Intake,
         partial::{self, Progress},
+        published::{Histories, Record},
     },
     error::{Blockers, Error, ErrorKind, Result},
     fault,
@@ -277,6 +278,7 @@ impl Work {
             let trashed = head.then(|| pool.trash(OPERATION, &pool.head_dir(volume))).transpose()?;
             fault::point("directory.receive.head-trashed");
             stage.publish(OPERATION, "snapshot", &pool.snapshot_dir(key))?;
+            pool.published.add(volume, &pool.snapshots_dir(volume), &stored);
             drop(publishing);
             fault::point("directory.receive.published");
             if let Some(trashed) = trashed {

@@ -18,7 +18,10 @@ use super::{
 use crate::{
     delta::Compare,
     driver::{Finding, SnapshotReport, SnapshotRequest},
-    drivers::folder::{make_dir, sync_file_system},
+    drivers::{
+        folder::{make_dir, sync_file_system},
+        published::{Histories, Record},
+    },
     error::{Error, ErrorKind, Result},
     fault,
     model::{SnapshotKey, VolumeId},
@@ -107,6 +110,7 @@ impl Pool {
             .map_err(|error| Error::io(OPERATION, key.volume, error))?;
         fault::point("directory.snapshot.baseline-placed");
         stage.publish(OPERATION, "snapshot", &self.snapshot_dir(key))?;
+        self.published.add(key.volume, &self.snapshots_dir(key.volume), &stored);
         fault::point("directory.snapshot.published");
         drop_other_baselines(&baselines, &baseline);
         Ok(SnapshotReport { held: stored.held(key.volume), warnings })

@@ -93,6 +93,9 @@ impl Pool {
             }
             fault::point("directory.split.snapshot-moved");
         }
+        for volume in [split.volume, split.fork.id] {
+            self.published.forget(volume);
+        }
         self.repoint_clones(split)?;
         fault::point("directory.split.clones-moved");
         for dir in [old.clone(), old.join("snapshots"), new.clone(), new.join("snapshots"), new.join("baselines")] {
