@@ -123,15 +123,16 @@ impl Puzzle {
 
     /// Takes in the snapshots of all blocks that were [`missing`](Self::missing), and returns the lineage with the newest at its end.
     /// Fails where they are not what the outline says.
-    pub fn finish(mut self, mut sent: Vec<HeldSnapshot>, newest: Lineage) -> Result<Lineage, String> {
+    pub fn finish(mut self, sent: Vec<HeldSnapshot>, newest: Lineage) -> Result<Lineage, String> {
+        let mut sent = sent.into_iter();
         for (block, found) in self.older.iter().zip(&mut self.found).filter(|(_, found)| found.is_none()) {
             let count = block.count as usize;
             demand(count <= sent.len(), || "it left out snapshots of its outline".to_owned())?;
-            let rest = sent.split_off(count);
-            demand(outlined(&sent) == *block, || "its snapshots are not those of its outline".to_owned())?;
-            *found = Some(std::mem::replace(&mut sent, rest));
+            let snapshots: Vec<HeldSnapshot> = sent.by_ref().take(count).collect();
+            demand(outlined(&snapshots) == *block, || "its snapshots are not those of its outline".to_owned())?;
+            *found = Some(snapshots);
         }
-        demand(sent.is_empty(), || "it sent snapshots that were not asked for".to_owned())?;
+        demand(sent.len() == 0, || "it sent snapshots that were not asked for".to_owned())?;
         let mut snapshots: Vec<HeldSnapshot> = self.found.into_iter().flatten().flatten().collect();
         snapshots.extend(newest.snapshots);
         Ok(Lineage { snapshots })
