@@ -276,7 +276,11 @@ async fn receive_step(
         None => open_receive(node, receipt, volume, begin).await?,
     };
     let mut lanes = node.lanes.expect(begin.stream.id, line.peer.clone());
-    line.send(&Message::StepReady(StepReady { step: begin.step, start: open.start.clone() })).await?;
+    let ready = Message::StepReady(StepReady { step: begin.step, start: open.start.clone() });
+    if let Err(failure) = line.send(&ready).await {
+        node.inbox.park(volume, receipt.offer.transfer, begin, open);
+        return Err(failure);
+    }
     let link = tokio::select! {
         biased;
         link = line.connection.accept_bulk(u64::from(begin.step)) => link,

@@ -18,7 +18,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    sync::{mpsc, oneshot},
+};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -137,15 +140,25 @@ impl<W: Send + 'static> Intake<W> {
 
 impl<W> Drop for Intake<W> {
     fn drop(&mut self) {
-        if let State::Working(Worker { chunks, sent, taken, work, thread }) =
-            std::mem::replace(&mut self.state, State::Failed)
-        {
-            drop(chunks);
-            if taken.load(Ordering::Acquire) == sent {
-                let _ = thread.join();
+        let state = std::mem::replace(&mut self.state, State::Failed);
+        aside(|| {
+            if let State::Working(Worker { chunks, sent, taken, work, thread }) = state {
+                drop(chunks);
+                if taken.load(Ordering::Acquire) == sent {
+                    let _ = thread.join();
+                }
+                drop(work);
             }
-            drop(work);
-        }
+        });
+    }
+}
+
+/// Does what may wait, for a thread or for the disk, where no other task waits for it.
+fn aside(work: impl FnOnce()) {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        // There is no runtime, or no other thread that could go on with its tasks.
+        _ => work(),
     }
 }
 
@@ -267,5 +280,39 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert_eq!(*taken.lock().unwrap(), [b"a"]);
+    }
+
+    /// What goes only when a task has let it.
+    struct Reluctant(blocking::Receiver<()>, blocking::SyncSender<bool>);
+
+    impl Drop for Reluctant {
+        fn drop(&mut self) {
+            let let_go = self.0.recv_timeout(std::time::Duration::from_secs(60));
+            self.1.send(let_go.is_ok()).unwrap();
+        }
+    }
+
+    /// Drops an intake in a runtime of one thread, whose other task the work waits for; with a chunk taken in before, or none.
+    fn dropped_in_a_task(chunk: Option<&'static str>) -> bool {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let (let_go, waited_for) = blocking::sync_channel(1);
+        let (tell, told) = blocking::sync_channel(1);
+        let mut intake = Intake::new("receive", Reluctant(waited_for, tell), |_, _| Ok(()));
+        let dropped = runtime.spawn(async move {
+            if let Some(chunk) = chunk {
+                intake.write(Bytes::from_static(chunk.as_bytes())).await.unwrap();
+                intake.settle().await.unwrap();
+            }
+            tokio::spawn(async move { let_go.send(()).unwrap() });
+            drop(intake);
+        });
+        runtime.block_on(dropped).unwrap();
+        told.recv().unwrap()
+    }
+
+    #[test]
+    fn who_lets_go_of_work_that_waits_holds_up_no_other_task() {
+        assert!(dropped_in_a_task(None));
+        assert!(dropped_in_a_task(Some("a")));
     }
 }

@@ -1,6 +1,10 @@
 //! Bytes of regular files: where a file has data and where holes, and copying one file into another.
 
-use std::os::fd::BorrowedFd;
+use std::{
+    os::fd::BorrowedFd,
+    sync::mpsc::{Receiver, SyncSender, channel, sync_channel},
+    thread::Scope,
+};
 
 use rustix::{
     fs::{FallocateFlags, SeekFrom},
@@ -12,6 +16,9 @@ const BUFFER: usize = 256 * 1024;
 
 /// How much one copy_file_range(2) is asked to move, so that a kill does not wait for minutes.
 const RANGE: usize = 64 * 1024 * 1024;
+
+/// From this size on a file is hashed beside the thread that copies it: below, starting one costs more.
+const HASHED_BESIDE: u64 = 4 * 1024 * 1024;
 
 /// Returns the first stretch of data at or behind `offset` and below `size`, as start and end; `None` when only a hole
 /// follows. A file system that knows no holes shows one stretch.
@@ -129,19 +136,73 @@ pub(super) fn copy_and_hash(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64)
     }
     rustix::fs::ftruncate(to, size)?;
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; BUFFER.min(size as usize)];
+    if size >= HASHED_BESIDE
+        && let Some(digest) = std::thread::scope(|scope| {
+            let beside = Beside::start(scope, &mut hasher).ok()?;
+            Some(beside.copy(from, to, size))
+        })
+    {
+        return digest.map(|whole| whole.then(|| *hasher.finalize().as_bytes()));
+    }
+    let whole = copy_pieces(from, to, size, |piece| {
+        hasher.update(&piece);
+        piece
+    })?;
+    Ok(whole.then(|| *hasher.finalize().as_bytes()))
+}
+
+/// Copies a file piece by piece. `each` sees what was written, and gives back a buffer for the next piece. `false`: the file
+/// shrank meanwhile.
+fn copy_pieces(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    size: u64,
+    mut each: impl FnMut(Vec<u8>) -> Vec<u8>,
+) -> Result<bool, Errno> {
+    let mut buffer = Vec::new();
     let mut at = 0;
     while at < size {
-        let room = buffer.len().min((size - at) as usize);
-        let count = read_at(from, &mut buffer[..room], at)?;
+        buffer.resize((size - at).min(BUFFER as u64) as usize, 0);
+        let count = read_at(from, &mut buffer, at)?;
         if count == 0 {
-            return Ok(None);
+            return Ok(false);
         }
-        write_at(to, &buffer[..count], at)?;
-        hasher.update(&buffer[..count]);
+        buffer.truncate(count);
+        write_at(to, &buffer, at)?;
         at += count as u64;
+        buffer = each(buffer);
     }
-    Ok(Some(*hasher.finalize().as_bytes()))
+    Ok(true)
+}
+
+/// A thread that hashes what another copies.
+struct Beside {
+    written: SyncSender<Vec<u8>>,
+    hashed: Receiver<Vec<u8>>,
+}
+
+impl Beside {
+    /// Fails where no thread can be started.
+    fn start<'scope>(scope: &'scope Scope<'scope, '_>, hasher: &'scope mut blake3::Hasher) -> std::io::Result<Self> {
+        let (written, arriving) = sync_channel::<Vec<u8>>(1);
+        let (give_back, hashed) = channel();
+        let run = move || {
+            for piece in arriving {
+                hasher.update(&piece);
+                let _ = give_back.send(piece);
+            }
+        };
+        std::thread::Builder::new().name("hash".to_owned()).spawn_scoped(scope, run)?;
+        Ok(Self { written, hashed })
+    }
+
+    fn copy(self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> Result<bool, Errno> {
+        copy_pieces(from, to, size, |piece| {
+            // It takes pieces until it is told that there is none.
+            let _ = self.written.send(piece);
+            self.hashed.try_recv().unwrap_or_default()
+        })
+    }
 }
 
 fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> Result<(), Errno> {
@@ -197,6 +258,45 @@ impl Reflinks {
             // For this file only: a swap file, a file without checksums, an odd block size (ioctl_ficlone(2)).
             Err(Errno::INVAL | Errno::TXTBSY | Errno::PERM | Errno::ISDIR) => Ok(false),
             Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::{fs::File, io::Write, os::fd::AsFd};
+
+    use super::*;
+
+    #[test]
+    fn what_is_copied_has_the_hash_that_is_told_whatever_its_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let sizes = [0, 1, BUFFER, BUFFER + 1, HASHED_BESIDE as usize - 1, HASHED_BESIDE as usize, 9 * 1024 * 1024 + 7];
+        for size in sizes {
+            let bytes: Vec<u8> = (0..size).map(|at| (at / 251 + at % 251) as u8).collect();
+            let (source, copy) = (dir.path().join("source"), dir.path().join("copy"));
+            File::create(&source).unwrap().write_all(&bytes).unwrap();
+            let (from, to) = (File::open(&source).unwrap(), File::create(&copy).unwrap());
+            let digest = copy_and_hash(from.as_fd(), to.as_fd(), size as u64).unwrap();
+            assert_eq!(digest, Some(*blake3::hash(&bytes).as_bytes()), "{size} bytes");
+            assert!(std::fs::read(&copy).unwrap() == bytes, "{size} bytes");
+        }
+    }
+
+    #[test]
+    fn a_file_that_shrinks_while_it_is_copied_has_no_hash() {
+        let dir = tempfile::tempdir().unwrap();
+        for there in [1, HASHED_BESIDE as usize + 1] {
+            let mut source = tempfile::tempfile().unwrap();
+            source.write_all(&vec![7; there]).unwrap();
+            let to = File::create(dir.path().join("copy")).unwrap();
+            let mut seen = 0;
+            let whole = copy_pieces(source.as_fd(), to.as_fd(), there as u64 + 1, |piece| {
+                seen += piece.len();
+                piece
+            });
+            assert_eq!((whole, seen), (Ok(false), there));
         }
     }
 }
