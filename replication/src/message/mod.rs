@@ -1,8 +1,9 @@
 //! Every message that two nodes exchange on a control stream of ALPN `flocker/1`.
 //!
-//! Owns the shapes, their order on the wire (frozen by golden bytes) and the check of whatever a peer sent
-//! ([`Message::validate`]). Refuses to know streams and frames (transport) and what is done about a message (node).
-//! Neighbours: [`crate::problem`] errors as codes and facts, [`crate::plan`] the outcome that a sender concludes.
+//! Owns the shapes, their order on the wire (frozen by golden bytes) and how a lineage goes into an [`Answer`] and comes out of it.
+//! Refuses to know streams and frames (transport) and what is done about a message (node).
+//! Neighbours: `rules` the limits and the check of whatever a peer sent ([`Message::validate`]), `policy` what a user chooses,
+//! [`crate::problem`] errors as codes and facts, [`crate::plan`] the outcome that a sender concludes.
 //!
 //! # The story on one stream (docs/PROTOCOL.md has it in full)
 //! | who | sends | the other side answers |
@@ -18,15 +19,25 @@
 //! | opener, to know who may write | [`AskClaims`] | [`Message::Claims`], the end |
 //! | anybody, at any time | [`Problem`] | nothing, the end |
 
-use std::{collections::BTreeSet, fmt, num::NonZeroU64, str::FromStr};
+mod policy;
+mod rules;
+
+use std::num::NonZeroU64;
 
 use flocker_storage::{
-    delta::{DeltaFormat, Partial, RESUME_POINT_LIMIT, ResumePoint},
+    delta::{DeltaFormat, Partial, ResumePoint},
     driver::Finding,
     model::{
-        HeadState, HeldSnapshot, Host, Lineage, ParseError, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName,
-        VolumeId, VolumeName, VolumeRecord, check_metadata,
+        HeadState, HeldSnapshot, Host, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, SnapshotName, VolumeId,
+        VolumeName, VolumeRecord,
     },
+};
+pub use policy::{DivergencePolicy, Mode, UnknownPolicy};
+use rules::check_lineage;
+pub(crate) use rules::demand;
+pub use rules::{
+    CLAIMS_LIMIT, ELSEWHERE_LIMIT, FORMAT_NAME_LIMIT, FORMATS_LIMIT, LINEAGE_LIMIT, MESSAGE_LIMIT, PARENTS_LIMIT,
+    PATH_LIMIT, REMARK_LIMIT, REMARKS_LIMIT, Violation,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -48,28 +59,6 @@ use crate::{
 /// [`Message::Lane`]. 5: in the portable format, data of 256 KiB a record, and digests of contents that are stated.
 /// 6: [`Message::Expected`].
 pub const PROTOCOL: u32 = 6;
-
-/// The most snapshots one lineage may have on the wire; comparing stays below a second and a message below
-/// [`MESSAGE_LIMIT`].
-pub const LINEAGE_LIMIT: usize = 20_000;
-/// The most snapshots a receiver names as held in other volumes: one for each snapshot offered.
-pub const ELSEWHERE_LIMIT: usize = LINEAGE_LIMIT;
-/// The most delta formats a side may offer; four exist.
-pub const FORMATS_LIMIT: usize = 32;
-/// The longest name of a delta format, in bytes.
-pub const FORMAT_NAME_LIMIT: usize = 64;
-/// The most parents a snapshot may have: two, after a merge.
-pub const PARENTS_LIMIT: usize = 2;
-/// The most remarks about one step, and the longest path or text in one, in bytes.
-pub const REMARKS_LIMIT: usize = 100;
-/// See [`REMARKS_LIMIT`].
-pub const REMARK_LIMIT: usize = 4096;
-/// The most volumes that one [`AskClaims`] is about.
-pub const CLAIMS_LIMIT: usize = 10_000;
-/// The longest path in [`Answer::mounted`], in bytes (Linux' PATH_MAX).
-pub const PATH_LIMIT: usize = 4096;
-/// The largest encoded message, in bytes: a lineage of [`LINEAGE_LIMIT`] snapshots with the longest names fits.
-pub const MESSAGE_LIMIT: usize = 16 * 1024 * 1024;
 
 /// One message. The order of the variants is the wire's: new ones take a reserved place, none is ever moved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -374,64 +363,6 @@ pub struct StepDone {
     pub held: HeldSnapshot,
 }
 
-/// What shall happen when the histories have gone apart; [`crate::resolution::way`] is the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DivergencePolicy {
-    /// 0: nothing; the evidence is shown.
-    #[default]
-    Refuse,
-    /// 1: the incoming history lands as a new volume.
-    Fork,
-    /// 2: the receiver's history wins, the sender keeps its own as a fork.
-    Ours,
-    /// 3: the incoming history takes the name, the receiver keeps its own as a fork.
-    Theirs,
-}
-
-impl fmt::Display for DivergencePolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Refuse => "refuse",
-            Self::Fork => "fork",
-            Self::Ours => "ours",
-            Self::Theirs => "theirs",
-        })
-    }
-}
-
-/// Text that names no [`DivergencePolicy`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a way to treat a divergence: write refuse, fork, ours or theirs")]
-pub struct UnknownPolicy {
-    /// The text as given.
-    pub text: String,
-}
-
-impl FromStr for DivergencePolicy {
-    type Err = UnknownPolicy;
-    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
-        match text {
-            "refuse" => Ok(Self::Refuse),
-            "fork" => Ok(Self::Fork),
-            "ours" => Ok(Self::Ours),
-            "theirs" => Ok(Self::Theirs),
-            _ => Err(UnknownPolicy { text: text.to_owned() }),
-        }
-    }
-}
-
-/// Whether a push or pull acts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// 0: it acts.
-    #[default]
-    Run,
-    /// 1: it only says what it would do: the sender concludes instead of beginning a step.
-    DryRun,
-}
-
 impl Offer {
     /// Puts the snapshots before the newest ones back into the lineage.
     pub fn complete(&mut self, puzzle: Puzzle, sent: Vec<HeldSnapshot>) -> Result<(), Violation> {
@@ -467,16 +398,6 @@ pub fn strip(lineage: &Lineage) -> Lineage {
     let mut stripped = lineage.clone();
     stripped.snapshots.iter_mut().for_each(|held| held.snapshot.metadata.clear());
     stripped
-}
-
-/// A message from a peer that breaks a rule of the protocol. The exchange ends; nothing was changed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the peer's {message} breaks the protocol: {rule}")]
-pub struct Violation {
-    /// The kind of message.
-    pub message: &'static str,
-    /// The rule it breaks.
-    pub rule: String,
 }
 
 impl Message {
@@ -520,150 +441,4 @@ impl Message {
             Self::Expected(_) => "Expected",
         }
     }
-
-    /// Checks what serde cannot: counts, lengths, duplicates. Every message from a peer goes through here first.
-    /// The protocol's revision is not checked: a peer of another one gets [`ProblemCode::VersionMismatch`].
-    pub fn validate(&self) -> Result<(), Violation> {
-        let checked = match self {
-            Self::Offer(offer) => check_offer(offer),
-            Self::Description(description) => check_description(description),
-            Self::Answer(answer) => check_answer(answer),
-            Self::BeginStep(begin) => check_begin(begin),
-            Self::StepReady(StepReady { start: StepStart::Point(point), .. }) => check_point(point),
-            Self::StepDone(done) => check_snapshot(&done.held.snapshot),
-            Self::Conclude(outcome) | Self::Resolve(outcome) => outcome.check(),
-            Self::Resolved(resolution) => resolution.check(),
-            Self::Problem(problem) => problem.check(),
-            Self::PullRequest(_) | Self::Describe(_) | Self::StepReady(_) | Self::Finish | Self::Finished => Ok(()),
-            Self::Remarks(remarks) => check_remarks(remarks),
-            Self::TakeOver(_) | Self::TakenOver(_) | Self::Lane(_) | Self::LaneReady | Self::Expected(_) => Ok(()),
-            Self::AskClaims(AskClaims { volumes, .. }) => check_claims(volumes.len()),
-            Self::Claims(claims) => check_claims(claims.len()),
-            Self::Rest(rest) => rest.forgotten.check().and_then(|()| outline::check(&rest.older)),
-            Self::Want(places) => demand(places.len() <= LINEAGE_LIMIT && places.is_sorted_by(|a, b| a < b), || {
-                "it asks for blocks out of order, or for too many".to_owned()
-            }),
-            Self::Snapshots(snapshots) => check_snapshots(snapshots),
-        };
-        checked.map_err(|rule| Violation { message: self.kind(), rule })
-    }
-}
-
-fn check_claims(count: usize) -> Result<(), String> {
-    demand(count <= CLAIMS_LIMIT, || format!("it is about {count} volumes, {CLAIMS_LIMIT} are allowed"))
-}
-
-fn check_remarks(remarks: &[Finding]) -> Result<(), String> {
-    let longest = remarks.iter().map(|remark| remark.path.len().max(remark.what.len())).max().unwrap_or(0);
-    demand(remarks.len() <= REMARKS_LIMIT, || {
-        format!("it has {} remarks, {REMARKS_LIMIT} are allowed", remarks.len())
-    })?;
-    demand(longest <= REMARK_LIMIT, || format!("a remark has {longest} bytes, {REMARK_LIMIT} are allowed"))
-}
-
-fn check_offer(offer: &Offer) -> Result<(), String> {
-    check_record(&offer.volume)?;
-    check_lineage(&offer.lineage)?;
-    check_formats(&offer.formats)?;
-    demand(offer.lineage.find(offer.want).is_some(), || format!("its lineage lacks the wanted snapshot {}", offer.want))
-}
-
-fn check_description(description: &Description) -> Result<(), String> {
-    check_record(&description.volume)?;
-    check_lineage(&description.lineage)?;
-    check_formats(&description.formats)?;
-    check_mounted(description.mounted.as_deref())
-}
-
-fn check_answer(answer: &Answer) -> Result<(), String> {
-    match &answer.volume {
-        Some(record) => check_record(record)?,
-        None => demand(answer.pieces.is_empty(), || "it has snapshots of no volume".to_owned())?,
-    }
-    for piece in &answer.pieces {
-        if let Piece::Own(own) = piece {
-            check_snapshots(own)?;
-        }
-    }
-    check_formats(&answer.formats)?;
-    check_mounted(answer.mounted.as_deref())?;
-    answer.forgotten.check()?;
-    demand(answer.elsewhere.len() <= ELSEWHERE_LIMIT, || {
-        format!("it holds {} snapshots elsewhere, {ELSEWHERE_LIMIT} at most", answer.elsewhere.len())
-    })?;
-    let distinct = answer.elsewhere.iter().collect::<BTreeSet<_>>().len();
-    demand(distinct == answer.elsewhere.len(), || "it holds one snapshot elsewhere twice".to_owned())?;
-    answer.partial.as_ref().map_or(Ok(()), |partial| {
-        check_snapshot(&partial.snapshot)?;
-        check_format(&partial.format)?;
-        check_point(&partial.point)
-    })
-}
-
-fn check_begin(begin: &BeginStep) -> Result<(), String> {
-    check_snapshot(&begin.snapshot)?;
-    check_format(&begin.format)?;
-    let builds_on_itself = begin.base.is_some_and(|base| base.snapshot == begin.snapshot.id);
-    demand(!builds_on_itself, || "its snapshot builds on itself".to_owned())?;
-    begin.resume.as_ref().map_or(Ok(()), check_point)
-}
-
-fn check_record(record: &VolumeRecord) -> Result<(), String> {
-    check_user_metadata(&record.metadata)
-}
-
-fn check_lineage(lineage: &Lineage) -> Result<(), String> {
-    check_snapshots(&lineage.snapshots)
-}
-
-fn check_snapshots(snapshots: &[HeldSnapshot]) -> Result<(), String> {
-    let count = snapshots.len();
-    demand(count <= LINEAGE_LIMIT, || format!("its lineage has {count} snapshots, {LINEAGE_LIMIT} at most"))?;
-    let mut seen = BTreeSet::new();
-    for held in snapshots {
-        demand(held.snapshot.metadata.is_empty(), || "its lineage carries snapshot metadata".to_owned())?;
-        check_parents(&held.snapshot)?;
-        demand(seen.insert(held.snapshot.id), || format!("its lineage has snapshot {} twice", held.snapshot.id))?;
-    }
-    Ok(())
-}
-
-fn check_snapshot(snapshot: &Snapshot) -> Result<(), String> {
-    check_parents(snapshot)?;
-    check_user_metadata(&snapshot.metadata)
-}
-
-fn check_parents(snapshot: &Snapshot) -> Result<(), String> {
-    let parents = &snapshot.parents;
-    demand(parents.len() <= PARENTS_LIMIT, || format!("snapshot {} has {} parents", snapshot.id, parents.len()))?;
-    demand(!parents.contains(&snapshot.id), || format!("snapshot {} is its own parent", snapshot.id))?;
-    demand(parents.len() < 2 || parents[0] != parents[1], || format!("snapshot {} has a parent twice", snapshot.id))
-}
-
-fn check_formats(formats: &[DeltaFormat]) -> Result<(), String> {
-    demand(formats.len() <= FORMATS_LIMIT, || format!("it has {} formats, {FORMATS_LIMIT} at most", formats.len()))?;
-    formats.iter().try_for_each(check_format)
-}
-
-fn check_format(format: &DeltaFormat) -> Result<(), String> {
-    let printable = !format.0.is_empty() && format.0.bytes().all(|byte| byte.is_ascii_graphic());
-    demand(printable && format.0.len() <= FORMAT_NAME_LIMIT, || {
-        format!("a format's name is not 1 to {FORMAT_NAME_LIMIT} printable ASCII characters")
-    })
-}
-
-fn check_mounted(path: Option<&str>) -> Result<(), String> {
-    demand(path.is_none_or(|path| path.len() <= PATH_LIMIT), || format!("a path is longer than {PATH_LIMIT} bytes"))
-}
-
-fn check_point(point: &ResumePoint) -> Result<(), String> {
-    demand(point.0.len() <= RESUME_POINT_LIMIT, || format!("a resume point is longer than {RESUME_POINT_LIMIT} bytes"))
-}
-
-fn check_user_metadata(metadata: &flocker_storage::model::Metadata) -> Result<(), String> {
-    check_metadata(metadata).map_err(|error: ParseError| error.to_string())
-}
-
-pub(crate) fn demand(holds: bool, rule: impl FnOnce() -> String) -> Result<(), String> {
-    if holds { Ok(()) } else { Err(rule()) }
 }
