@@ -2,7 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use flocker_replication::{
-    ancestry::Forgotten,
+    ancestry::{Forgotten, Memory, answered, offered},
     divergence::{Receiver, Relation, Sender, compare},
     message::{Answer, DivergencePolicy, Mode, Offer, PROTOCOL},
 };
@@ -79,6 +79,19 @@ pub(crate) fn relate(sender: &[HeldSnapshot], receiver: &[HeldSnapshot], head: H
     let receiver =
         Receiver { volume: Some(&db), lands_in: db.id, lineage: &receiver, head, elsewhere: &[], forgotten: &none };
     compare(&Sender { lineage: &lineage(sender), forgotten: &none }, &receiver, id(want)).unwrap()
+}
+
+/// Compares as two nodes do that exchange what they remember.
+pub(crate) fn relate_remembering(
+    (sender, sender_memory): (&[HeldSnapshot], &Memory),
+    (receiver, receiver_memory): (&[HeldSnapshot], &Memory),
+    want: u128,
+) -> Relation {
+    let forgotten = offered(&lineage(sender), sender_memory);
+    let offer = Offer { forgotten, ..offer(sender, want) };
+    let forgotten = answered(&lineage(receiver), receiver_memory, &offer);
+    let answer = Answer { forgotten, ..answer(Some(receiver)) };
+    compare(&Sender::from(&offer), &Receiver::from(&answer), id(want)).unwrap()
 }
 
 pub(crate) fn relate_new(sender: &[HeldSnapshot], elsewhere: &[SnapshotKey], want: u128) -> Relation {
