@@ -27,15 +27,20 @@ pub(crate) struct Volume {
     /// Its record.
     pub(crate) record: VolumeRecord,
     /// Its own snapshots.
-    pub(crate) snapshots: Vec<HeldSnapshot>,
+    pub(crate) snapshots: Vec<Arc<HeldSnapshot>>,
 }
 
 impl Volume {
+    pub(crate) fn new(record: VolumeRecord, snapshots: Vec<HeldSnapshot>) -> Self {
+        Self { record, snapshots: snapshots.into_iter().map(Arc::new).collect() }
+    }
+
     /// Finds a snapshot of the volume's own by name.
     pub(crate) fn snapshot(&self, name: &SnapshotName) -> Result<&HeldSnapshot> {
         self.snapshots
             .iter()
             .find(|held| held.snapshot.name == *name)
+            .map(Arc::as_ref)
             .ok_or_else(|| problem::snapshot_not_found(&self.record.name, name))
     }
 }
@@ -94,7 +99,7 @@ impl Catalog {
                 }
             }
             contents.names.insert(record.name.clone(), record.id);
-            contents.volumes.insert(record.id, Volume { record, snapshots });
+            contents.volumes.insert(record.id, Volume::new(record, snapshots));
         }
         Ok(())
     }
@@ -139,7 +144,7 @@ impl Catalog {
         let contents = self.lock();
         let others = contents.volumes.values().filter(|volume| volume.record.id != but);
         let held = others.flat_map(|volume| volume.snapshots.iter());
-        held.filter(|held| wanted.contains(&held.snapshot.id)).map(HeldSnapshot::key).collect()
+        held.filter(|held| wanted.contains(&held.snapshot.id)).map(|held| held.key()).collect()
     }
 
     /// Finds the volumes cloned from snapshots of a volume.
@@ -188,7 +193,7 @@ impl Catalog {
                 snapshot: held.snapshot.name.clone(),
                 host: held.snapshot.host.name.clone(),
             });
-            volume.snapshots.push(held);
+            volume.snapshots.push(Arc::new(held));
         }
     }
 
@@ -204,7 +209,7 @@ impl Catalog {
         let Some(record) = fork else { return };
         for held in &mut moved {
             let from = held.key();
-            held.volume = record.id;
+            Arc::make_mut(held).volume = record.id;
             let clones = contents.volumes.values_mut().filter(|other| other.record.origin == Some(from));
             clones.for_each(|clone| clone.record.origin = Some(held.key()));
         }
@@ -219,7 +224,7 @@ impl Catalog {
         if let Some(volume) = self.lock().volumes.get_mut(&key.volume)
             && let Some(at) = volume.snapshots.iter().position(|held| held.snapshot.id == key.snapshot)
         {
-            let gone = volume.snapshots.remove(at).snapshot.name;
+            let gone = volume.snapshots.remove(at).snapshot.name.clone();
             self.events.tell(Event::SnapshotRemoved { volume: volume.record.name.clone(), snapshot: gone });
         }
     }

@@ -228,7 +228,7 @@ impl Node {
         }
         drop(guard);
         let Some(tip) = volume.snapshots.pop() else { return Err(internal("a snapshot that was taken is not there")) };
-        let (id, snapshot) = (tip.snapshot.id, tip.snapshot.name);
+        let (id, snapshot) = (tip.snapshot.id, tip.snapshot.name.clone());
         let request = StartTransfer { snapshot: Some(snapshot.clone()), ..StartTransfer::to(peer.clone()) };
         let started = self.start_transfer(Direction::Push, name.clone(), request).await?;
         let job = self.transfers.find(&started.id)?;

@@ -11,9 +11,10 @@ use std::{
 
 use flocker_replication::{
     ancestry::Memory,
-    message::{Describe, Description, Message, PROTOCOL},
+    message::{Describe, Description, Message, PROTOCOL, Rest, strip},
+    outline::outline,
 };
-use flocker_storage::model::{HeldSnapshot, Host, NodeName, SnapshotId, VolumeId, VolumeName};
+use flocker_storage::model::{HeldSnapshot, Host, Lineage, NodeName, SnapshotId, VolumeId, VolumeName};
 use flocker_transport::NO_PROGRESS;
 use tokio::task::JoinSet;
 
@@ -114,7 +115,7 @@ impl Node {
             why: None,
         }];
         if hosts == Hosts::All {
-            for (peer, described) in self.describe_at_peers(name).await {
+            for (peer, described) in self.describe_at_peers(name, &lineage).await {
                 hosts_told.push(told(&mut graph, id, &here, peer, described));
             }
         }
@@ -171,17 +172,20 @@ impl Node {
         }
     }
 
-    /// Asks all peers at once for their volume of a name; `None` where a peer says that it has none.
+    /// Asks all peers at once for their volume of a name; `None` where a peer says that it has none. What they have as it is in
+    /// this node's lineage does not travel.
     pub(crate) async fn describe_at_peers(
         self: &Arc<Self>,
         name: &VolumeName,
+        own: &Lineage,
     ) -> Vec<(NodeName, std::result::Result<Option<Description>, ApiProblem>)> {
         let mut asked = JoinSet::new();
+        let own = Arc::new(strip(own));
         for peer in self.peer_resources() {
-            let (node, name) = (self.clone(), name.clone());
+            let (node, name, own) = (self.clone(), name.clone(), own.clone());
             asked.spawn(async move {
                 let answer = match node.find_peer(&peer.name).await {
-                    Ok(row) => tokio::time::timeout(ANSWER_TIMEOUT, node.describe_at(row, &name)).await,
+                    Ok(row) => tokio::time::timeout(ANSWER_TIMEOUT, node.describe_at(row, &name, &own)).await,
                     Err(problem) => Ok(Err(problem.into())),
                 };
                 let answer = match answer {
@@ -203,9 +207,10 @@ impl Node {
         &self,
         row: PeerRow,
         name: &VolumeName,
+        own: &Lineage,
     ) -> std::result::Result<Description, Failure> {
         loop {
-            let described = self.ask_to_describe(&row, name).await;
+            let described = self.ask_to_describe(&row, name, own).await;
             match described {
                 Err(failure) if failure.problem.code == STALE_LINE => self.kept.forget(&row.name),
                 described => return described,
@@ -213,14 +218,21 @@ impl Node {
         }
     }
 
-    async fn ask_to_describe(&self, row: &PeerRow, name: &VolumeName) -> std::result::Result<Description, Failure> {
+    async fn ask_to_describe(
+        &self,
+        row: &PeerRow,
+        name: &VolumeName,
+        own: &Lineage,
+    ) -> std::result::Result<Description, Failure> {
         let lent = self.lend(row).await?;
         let mut line = Line::open(row.name.clone(), &lent).await?;
         line.send(&Message::Describe(Describe { protocol: PROTOCOL, volume: name.clone() })).await?;
-        let description = match line.recv(NO_PROGRESS).await? {
+        line.send(&Message::Rest(Rest { older: outline(own), ..Rest::default() })).await?;
+        let mut description = match line.recv(NO_PROGRESS).await? {
             Message::Description(description) => *description,
             other => return Err(line.broke(format!("{} instead of a description", other.kind())).into()),
         };
+        description.unpack(own).map_err(|violation| line.broke(violation))?;
         drop(line);
         self.give_back(lent);
         Ok(description)
@@ -264,7 +276,8 @@ fn told(
     for held in &lineage.snapshots {
         graph.add(&told.host, &volume.name, held);
     }
-    let common = here.iter().rposition(|id| lineage.find(*id).is_some());
+    let there: BTreeSet<SnapshotId> = lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
+    let common = here.iter().rposition(|id| there.contains(id));
     told.answer = HostAnswer::Holds;
     told.tip = lineage.tip().map(|held| held.snapshot.id);
     told.common = common.map(|at| here[at]);

@@ -169,7 +169,7 @@ impl Node {
         }
         let held = self.take_in_tree(staging, &landing, root, stop, &mut findings).await?;
         fault::point("node.import.committed");
-        let volume = Volume { record: landing.record, snapshots: vec![held.clone()] };
+        let volume = Volume::new(landing.record, vec![held.clone()]);
         self.catalog.put(volume.clone());
         Ok(ImportReport {
             volume: self.volume_resource(&volume),
@@ -273,7 +273,7 @@ impl Node {
         stop: &CancellationToken,
         findings: &mut Vec<Finding>,
     ) -> Result<HeldSnapshot> {
-        let volume = Volume { record: landing.record.clone(), snapshots: Vec::new() };
+        let volume = Volume::new(landing.record.clone(), Vec::new());
         let id = volume.record.id;
         let _guard = self.catalog.work_on(id).await;
         // A peer may be bringing the same volume.

@@ -130,7 +130,9 @@ impl Standing {
     async fn ask(node: &Arc<Node>, volume: &Volume) -> Self {
         let own = volume.record.clone();
         let mut standing = Self { answers: Vec::new(), nothing: Vec::new(), silent: Vec::new(), own };
-        for (peer, described) in node.describe_at_peers(&volume.record.name).await {
+        // Where it cannot be read the peers say all that they have.
+        let lineage = node.driver.lineage(volume.record.id).await.unwrap_or_default();
+        for (peer, described) in node.describe_at_peers(&volume.record.name, &lineage).await {
             match described {
                 Ok(Some(description)) if description.volume.id == volume.record.id => {
                     standing.answers.push((peer, description));

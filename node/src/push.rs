@@ -159,7 +159,7 @@ pub(crate) async fn send(
 ) -> Result<Concluded, Failure> {
     let lineage = node.driver.lineage(sending.volume.record.id).await.map_err(problem_of)?;
     // With what merges took in, so that a receiver which has that gets the merge on top of it.
-    let lineage = with_merged(&lineage, &node.held_snapshots());
+    let lineage = with_merged(lineage, || node.held_snapshots());
     if lineage.snapshots.len() > LINEAGE_LIMIT {
         return Err(problem(
             409,

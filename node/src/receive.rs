@@ -373,7 +373,7 @@ async fn publish(
         Some(_) => node.catalog.add_snapshot(held.clone()),
         None => {
             let record = new_record(node, receipt, volume, base);
-            node.catalog.put(Volume { record, snapshots: vec![held.clone()] });
+            node.catalog.put(Volume::new(record, vec![held.clone()]));
         }
     }
     Ok(held)

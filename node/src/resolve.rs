@@ -317,7 +317,7 @@ impl Node {
                 .hint("--on-divergence fork leaves it there")
                 .into());
         }
-        let tip = known.snapshots.last().map(Point::from);
+        let tip = known.snapshots.last().map(|held| Point::from(&**held));
         let named_after = tip.clone().unwrap_or_else(|| {
             // A volume without a snapshot is known by its own id.
             let mut point = resolving.found.want.clone();
@@ -396,7 +396,7 @@ impl Node {
         }
         let scan = self.driver.scan().await?;
         if let Some((record, snapshots)) = scan.volumes.into_iter().find(|(record, _)| record.id == adoption.volume) {
-            self.catalog.put(Volume { record, snapshots });
+            self.catalog.put(Volume::new(record, snapshots));
         }
         fault::point("adopt.before-end");
         Ok(())
@@ -432,7 +432,7 @@ impl Node {
             };
             let record = VolumeRecord { name: name.clone(), ..record };
             self.driver.set_record(&record).await?;
-            self.catalog.put(Volume { record, snapshots });
+            self.catalog.put(Volume::new(record, snapshots));
             fault::point("adopt.renamed");
         }
         Ok(())

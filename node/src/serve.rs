@@ -103,8 +103,13 @@ impl Replication {
             }
             Message::Describe(request) => {
                 check_protocol(request.protocol)?;
+                let known = match line.recv(NO_PROGRESS).await? {
+                    Message::Rest(rest) => rest.older,
+                    other => return Err(line.broke(format!("{} instead of an outline", other.kind())).into()),
+                };
                 node.check_right(&peer, &request.volume, Verb::Read)?;
-                let description = describe(node, &request.volume).await?;
+                let mut description = describe(node, &request.volume).await?;
+                description.pack(&known);
                 line.send(&Message::Description(Box::new(description))).await
             }
             Message::TakeOver(request) => {
@@ -177,6 +182,7 @@ async fn describe(node: &Node, name: &VolumeName) -> Result<Description, Failure
     Ok(Description {
         head: node.look_at_head(id).await?,
         lineage: strip(&lineage),
+        pieces: Vec::new(),
         mounted: node.mounts.of(id).map(|row| row.path),
         formats: node.driver.capabilities().formats.clone(),
         host: node.host(),

@@ -4,6 +4,8 @@
 //! refresh after. Refuses to know peers. Neighbours: [`crate::mounts`], [`crate::catalog`], and
 //! [`crate::ownership`] for who may write.
 
+use std::sync::Arc;
+
 use flocker_storage::{
     clock,
     delta::Compare,
@@ -63,7 +65,7 @@ impl Node {
         let key = volume.record.origin?;
         let origin = self.catalog.get(key.volume)?;
         let held = origin.snapshots.into_iter().find(|held| held.snapshot.id == key.snapshot)?;
-        Some((origin.record.name, held))
+        Some((origin.record.name, Arc::unwrap_or_clone(held)))
     }
 
     /// Shows a volume with the state of its head.
@@ -100,7 +102,7 @@ impl Node {
             quota_bytes: request.quota_bytes,
         };
         self.driver.create(&record).await?;
-        let volume = Volume { record, snapshots: Vec::new() };
+        let volume = Volume::new(record, Vec::new());
         self.catalog.put(volume.clone());
         Ok(self.volume_resource(&volume))
     }
@@ -168,7 +170,7 @@ impl Node {
         let id = SnapshotId::mint();
         let name = format!("{before}-{}", id.short()).parse()?;
         let report = self.take(known, id, name, Metadata::default(), Compare::Metadata).await?;
-        known.snapshots.push(report.held.clone());
+        known.snapshots.push(Arc::new(report.held.clone()));
         fault::point("node.head-kept");
         Ok(report.held)
     }
@@ -234,7 +236,7 @@ impl Node {
             quota_bytes: None,
         };
         Driver::clone_from(&*self.driver, &record).await?;
-        let clone = Volume { record, snapshots: Vec::new() };
+        let clone = Volume::new(record, Vec::new());
         self.catalog.put(clone.clone());
         Ok(self.volume_resource(&clone))
     }
@@ -265,8 +267,8 @@ impl Node {
         self.check_unmounted(&volume, "roll back")?;
         self.check_unpinned(&volume, "roll back")?;
         self.inbox.check_quiet(&volume, "roll back")?;
-        let newer: Vec<HeldSnapshot> =
-            volume.snapshots.iter().rev().take_while(|held| held.key() != keep).cloned().collect();
+        let newer = volume.snapshots.iter().rev().take_while(|held| held.key() != keep);
+        let newer: Vec<HeldSnapshot> = newer.map(|held| HeldSnapshot::clone(held)).collect();
         match request.newer {
             Some(Newer::Fork(fork)) => self.split(&volume, keep, fork).await?,
             Some(Newer::Discard) if !newer.is_empty() => self.discard_newer(&volume, keep, &newer).await?,

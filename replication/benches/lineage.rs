@@ -1,7 +1,8 @@
 //! What it costs to find out how two long histories relate: bytes that travel, and time on one processor, of both sides together.
 //!
 //! `cargo bench -p flocker-replication --bench lineage`. Each history is a chain; the receiver lacks the ten newest snapshots. What is timed
-//! goes from the sender's lineage to the relation that both sides have found, messages written and read included. Medians.
+//! goes from the sender's lineage to the relation that both sides have found, messages written and read included. Medians; and the most that the process had in memory meanwhile (both
+//! sides' histories and messages included).
 #![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "a benchmark has a clock")]
 
@@ -22,13 +23,23 @@ const ROUNDS: usize = 21;
 const LACKING: usize = 10;
 
 fn main() {
-    println!("| snapshots | of them sent anew | bytes that travel | in full | ms |\n|---:|---:|---:|---:|---:|");
+    println!(
+        "| snapshots | of them sent anew | bytes that travel | in full | ms | MiB |\n|---:|---:|---:|---:|---:|---:|"
+    );
     for count in [100, 1_000, 10_000, 20_000] {
+        // Counts the highest use from here on (proc(5)).
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
         let mut rounds: Vec<Round> = (0..ROUNDS).map(|_| round(count)).collect();
         rounds.sort_by(|a, b| a.milliseconds.total_cmp(&b.milliseconds));
         let Round { missing, bytes, whole, milliseconds } = rounds.swap_remove(ROUNDS / 2);
-        println!("| {count} | {missing} | {bytes} | {whole} | {milliseconds:.2} |");
+        println!("| {count} | {missing} | {bytes} | {whole} | {milliseconds:.2} | {} |", highest_resident_mib());
     }
+}
+
+fn highest_resident_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
 }
 
 struct Round {

@@ -24,7 +24,7 @@ const BLOCK_LIMIT: usize = 512;
 const NEWEST: usize = 32;
 
 /// Some snapshots in a row, by their digest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Block {
     /// The first half of the BLAKE3 of their records as they travel, without metadata.
     pub digest: [u8; 16],
@@ -32,10 +32,10 @@ pub struct Block {
     pub count: u32,
 }
 
-/// A part of a lineage that is answered to an offer.
+/// A part of a lineage that is answered to one that the other side has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Piece {
-    /// 0: so many of the snapshots offered, as they were offered, beginning with the one at this place.
+    /// 0: so many of the other side's snapshots, as it has them, beginning with the one at this place.
     Offered {
         /// Counts from 0, the oldest.
         first: u32,
@@ -92,6 +92,11 @@ pub fn cut(mut lineage: Lineage, want: SnapshotId) -> (Vec<Block>, Lineage) {
     }
     lineage.snapshots.drain(..count);
     (older, lineage)
+}
+
+/// Outlines a whole lineage, which has no metadata.
+pub fn outline(lineage: &Lineage) -> Vec<Block> {
+    blocks(&lineage.snapshots).map(outlined).collect()
 }
 
 /// Returns the snapshots of some blocks of a lineage's outline.
@@ -160,6 +165,32 @@ pub fn pack(lineage: &Lineage, offered: &Lineage) -> Vec<Piece> {
             (_, Some(first)) => pieces.push(Piece::Offered { first, count: 1 }),
             (Some(Piece::Own(own)), None) => own.push(held.clone()),
             (_, None) => pieces.push(Piece::Own(vec![held.clone()])),
+        }
+    }
+    pieces
+}
+
+/// Writes a lineage down as far as the blocks of its outline are not those of another. [`unpack`] beside that other undoes it.
+pub fn pack_beside(lineage: &Lineage, other: &[Block]) -> Vec<Piece> {
+    let mut place = 0;
+    let places: HashMap<Block, u32> = other
+        .iter()
+        .map(|block| {
+            let first = place;
+            place += block.count;
+            (*block, first)
+        })
+        .collect();
+    let mut pieces: Vec<Piece> = Vec::new();
+    for block in blocks(&lineage.snapshots) {
+        let outlined = outlined(block);
+        match (pieces.last_mut(), places.get(&outlined)) {
+            (Some(Piece::Offered { first, count }), Some(place)) if *first + *count == *place => {
+                *count += outlined.count;
+            }
+            (_, Some(first)) => pieces.push(Piece::Offered { first: *first, count: outlined.count }),
+            (Some(Piece::Own(own)), None) => own.extend_from_slice(block),
+            (_, None) => pieces.push(Piece::Own(block.to_vec())),
         }
     }
     pieces

@@ -4,12 +4,12 @@
 mod support;
 
 use flocker_replication::{
-    message::{LINEAGE_LIMIT, Message, Rest},
-    outline::{Block, Piece, Puzzle, WHOLE_LIMIT, cut, of_blocks, pack, unpack},
+    message::{Description, LINEAGE_LIMIT, Message, Rest},
+    outline::{Block, Piece, Puzzle, WHOLE_LIMIT, cut, of_blocks, outline, pack, pack_beside, unpack},
 };
-use flocker_storage::model::{HeldSnapshot, Lineage};
+use flocker_storage::model::{HeadState, HeldSnapshot, Lineage};
 use proptest::prelude::*;
-use support::{answer, chain, id, lineage, offer};
+use support::{DB, answer, chain, host, id, lineage, offer, record};
 
 /// Numbers whose last byte looks random, as that of an id does.
 fn numbers(count: u128) -> Vec<u128> {
@@ -64,6 +64,37 @@ fn ten_thousand_snapshots_that_both_have_are_compared_by_a_few_kibibytes() {
     answered.lineage = Lineage::default();
     answered.unpack(&lineage(&sender)).unwrap();
     assert_eq!(answered.lineage, lineage(receiver));
+}
+
+#[test]
+fn a_history_that_both_have_is_shown_without_its_records() {
+    let (asker, asked) = (long(10_000), long(10_003));
+    let question = Message::Rest(Rest { older: outline(&lineage(&asker)), ..Rest::default() });
+    question.validate().unwrap();
+    assert!(bytes(&question) < 6_000, "{}", bytes(&question));
+    let Message::Rest(Rest { older, .. }) = question else { unreachable!() };
+    let mut description = description(lineage(&asked));
+    description.pack(&older);
+    let mut answer: Description = postcard::from_bytes(&postcard::to_allocvec(&description).unwrap()).unwrap();
+    let size = bytes(&Message::Description(Box::new(answer.clone())));
+    // What follows the last end of a block that both have.
+    assert!(size < 40_000, "{size}");
+    answer.unpack(&lineage(&asker)).unwrap();
+    assert_eq!(answer.lineage, lineage(&asked));
+    // Beside another lineage than the one that was outlined the pieces point beyond it.
+    assert_eq!(description.unpack(&Lineage::default()).unwrap_err().message, "Description");
+}
+
+fn description(lineage: Lineage) -> Description {
+    Description {
+        volume: record(DB, "db"),
+        lineage,
+        pieces: Vec::new(),
+        head: HeadState::Clean,
+        mounted: None,
+        formats: Vec::new(),
+        host: host("host-b"),
+    }
 }
 
 #[test]
@@ -155,5 +186,7 @@ proptest! {
         prop_assert_eq!(arrive(&sender, &receiver).0, lineage(&sender));
         let pieces = pack(&lineage(&receiver), &lineage(&sender));
         prop_assert_eq!(unpack(pieces, &lineage(&sender)).unwrap(), lineage(&receiver));
+        let beside = pack_beside(&lineage(&receiver), &outline(&lineage(&sender)));
+        prop_assert_eq!(unpack(beside, &lineage(&sender)).unwrap(), lineage(&receiver));
     }
 }

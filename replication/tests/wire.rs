@@ -109,7 +109,8 @@ fn messages() -> Vec<Message> {
         Message::Describe(Describe { protocol: PROTOCOL, volume: db }),
         Message::Description(Box::new(Description {
             volume: record(DB, "db"),
-            lineage: lineage(&chain(&[1])),
+            lineage: Lineage::default(),
+            pieces: vec![Piece::Offered { first: 1, count: 2 }, Piece::Own(chain(&[1]))],
             head: HeadState::Dirty,
             mounted: None,
             formats: vec![DeltaFormat::tree()],

@@ -141,8 +141,8 @@ impl Node {
             lineage.tip().cloned().ok_or_else(|| none().hint(format!("take one: flocker snapshot {name}@NAME")))
         };
         let (our_tip, their_tip) = (tip(name, ours)?, tip(from, theirs)?);
-        let all = self.held_snapshots();
-        let found = common_ancestor(&with_merged(ours, &all), &with_merged(theirs, &all));
+        let with_merged = |lineage: &Lineage| with_merged(lineage.clone(), || self.held_snapshots());
+        let found = common_ancestor(&with_merged(ours), &with_merged(theirs));
         let Some(found) = found else {
             let detail = format!("cannot merge {from} into {name}: no snapshot is an ancestor of both");
             return Err(problem(409, "unrelated", detail)
@@ -155,7 +155,7 @@ impl Node {
 
     /// Lists what all volumes hold.
     pub(crate) fn held_snapshots(&self) -> Vec<HeldSnapshot> {
-        self.catalog.volumes().into_iter().flat_map(|volume| volume.snapshots).collect()
+        self.catalog.volumes().into_iter().flat_map(|volume| volume.snapshots).map(Arc::unwrap_or_clone).collect()
     }
 
     fn report(

@@ -52,13 +52,14 @@ pub fn common_ancestor(ours: &Lineage, theirs: &Lineage) -> Option<CommonAncesto
 }
 
 /// Adds to a lineage the snapshots that merges in it descend from and that lie in other volumes, each before the first
-/// one that descends from it: so a receiver that has them gets the merge as a step on top. `elsewhere` is all that other
-/// volumes hold. A lineage that would become longer than a message takes stays as it is.
-pub fn with_merged(lineage: &Lineage, elsewhere: &[HeldSnapshot]) -> Lineage {
+/// one that descends from it: so a receiver that has them gets the merge as a step on top. `elsewhere` lists all that other
+/// volumes hold, where it is asked for. A lineage that would become longer than a message takes stays as it is.
+pub fn with_merged(lineage: Lineage, elsewhere: impl FnOnce() -> Vec<HeldSnapshot>) -> Lineage {
     let own: BTreeSet<SnapshotId> = lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
     if lineage.snapshots.iter().all(|held| held.snapshot.parents.iter().skip(1).all(|id| own.contains(id))) {
-        return lineage.clone();
+        return lineage;
     }
+    let elsewhere = elsewhere();
     let mut others: BTreeMap<SnapshotId, &HeldSnapshot> = BTreeMap::new();
     for held in elsewhere.iter().filter(|held| !own.contains(&held.snapshot.id)) {
         others.entry(held.snapshot.id).or_insert(held);
@@ -73,7 +74,7 @@ pub fn with_merged(lineage: &Lineage, elsewhere: &[HeldSnapshot]) -> Lineage {
         }
         snapshots.push(held.clone());
     }
-    if snapshots.len() > LINEAGE_LIMIT { lineage.clone() } else { Lineage { snapshots } }
+    if snapshots.len() > LINEAGE_LIMIT { lineage } else { Lineage { snapshots } }
 }
 
 /// Adds a snapshot behind all its ancestors.

@@ -57,8 +57,8 @@ use crate::{
 /// 2: what is forgotten behind each offer, [`Answer::forgotten`], [`BeginStep::after`]. 3: [`Rest::older`], [`Message::Want`],
 /// [`Message::Snapshots`], [`Answer::pieces`]. 4: the portable format is not hashed by the pipeline, too;
 /// [`Message::Lane`]. 5: in the portable format, data of 256 KiB a record, and digests of contents that are stated.
-/// 6: [`Message::Expected`].
-pub const PROTOCOL: u32 = 6;
+/// 6: [`Message::Expected`]. 7: [`Message::Rest`] behind [`Describe`], [`Description::pieces`].
+pub const PROTOCOL: u32 = 7;
 
 /// One message. The order of the variants is the wire's: new ones take a reserved place, none is ever moved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -234,7 +234,7 @@ pub struct PullRequest {
 }
 
 /// Asks for a volume's lineage by the volume's name. A name that is not there is answered by
-/// [`ProblemCode::UnknownVolume`].
+/// [`ProblemCode::UnknownVolume`]. The outline of what the asking node has of it comes behind ([`Rest::older`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Describe {
     /// [`PROTOCOL`].
@@ -248,8 +248,11 @@ pub struct Describe {
 pub struct Description {
     /// Its record.
     pub volume: VolumeRecord,
-    /// Its snapshots, snapshot metadata left out ([`strip`]).
+    /// Its snapshots, snapshot metadata left out ([`strip`]). They travel as `pieces`.
+    #[serde(skip)]
     pub lineage: Lineage,
+    /// `lineage` beside the outline that came behind [`Describe`]: [`Description::pack`] makes it, [`Description::unpack`] takes it.
+    pub pieces: Vec<Piece>,
     /// Whether its head differs from the newest snapshot.
     pub head: HeadState,
     /// Where it is mounted, if it is.
@@ -384,13 +387,27 @@ impl Answer {
 
     /// Reads the lineage out of its pieces.
     pub fn unpack(&mut self, offered: &Lineage) -> Result<(), Violation> {
-        let lineage = outline::unpack(std::mem::take(&mut self.pieces), offered).and_then(|lineage| {
-            check_lineage(&lineage)?;
-            Ok(lineage)
-        });
-        self.lineage = lineage.map_err(|rule| Violation { message: "Answer", rule })?;
+        self.lineage = unpacked("Answer", std::mem::take(&mut self.pieces), offered)?;
         Ok(())
     }
+}
+
+impl Description {
+    /// Writes the lineage down beside the outline of the asking node's.
+    pub fn pack(&mut self, outline: &[Block]) {
+        self.pieces = outline::pack_beside(&self.lineage, outline);
+    }
+
+    /// Reads the lineage out of its pieces, beside the one that was outlined.
+    pub fn unpack(&mut self, outlined: &Lineage) -> Result<(), Violation> {
+        self.lineage = unpacked("Description", std::mem::take(&mut self.pieces), outlined)?;
+        Ok(())
+    }
+}
+
+fn unpacked(message: &'static str, pieces: Vec<Piece>, other: &Lineage) -> Result<Lineage, Violation> {
+    let lineage = outline::unpack(pieces, other).and_then(|lineage| check_lineage(&lineage).map(|()| lineage));
+    lineage.map_err(|rule| Violation { message, rule })
 }
 
 /// Returns a lineage without its snapshots' metadata, as it travels.

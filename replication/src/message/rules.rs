@@ -98,9 +98,16 @@ fn check_offer(offer: &Offer) -> Result<(), String> {
 
 fn check_description(description: &Description) -> Result<(), String> {
     check_record(&description.volume)?;
-    check_lineage(&description.lineage)?;
+    check_pieces(&description.pieces)?;
     check_formats(&description.formats)?;
     check_mounted(description.mounted.as_deref())
+}
+
+fn check_pieces(pieces: &[Piece]) -> Result<(), String> {
+    pieces.iter().try_for_each(|piece| match piece {
+        Piece::Own(own) => check_snapshots(own),
+        Piece::Offered { .. } => Ok(()),
+    })
 }
 
 fn check_answer(answer: &Answer) -> Result<(), String> {
@@ -108,11 +115,7 @@ fn check_answer(answer: &Answer) -> Result<(), String> {
         Some(record) => check_record(record)?,
         None => demand(answer.pieces.is_empty(), || "it has snapshots of no volume".to_owned())?,
     }
-    for piece in &answer.pieces {
-        if let Piece::Own(own) = piece {
-            check_snapshots(own)?;
-        }
-    }
+    check_pieces(&answer.pieces)?;
     check_formats(&answer.formats)?;
     check_mounted(answer.mounted.as_deref())?;
     answer.forgotten.check()?;

@@ -5,10 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use flocker_replication::merge::{
     Decider, Group, Label, Labels, Meta, Outcome, Plan, Resolve, Row, Side, Survey, Version,
 };
-use flocker_storage::tree::{
-    entry::{EntryKind, Time},
-    path::TreePath,
-};
+use flocker_storage::tree::{entry::Time, path::TreePath};
 
 use crate::support::id;
 

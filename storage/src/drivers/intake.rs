@@ -303,8 +303,10 @@ mod tests {
                 intake.write(Bytes::from_static(chunk.as_bytes())).await.unwrap();
                 intake.settle().await.unwrap();
             }
-            tokio::spawn(async move { let_go.send(()).unwrap() });
+            let mut other = tokio::task::JoinSet::new();
+            other.spawn(async move { let_go.send(()).unwrap() });
             drop(intake);
+            other.join_all().await;
         });
         runtime.block_on(dropped).unwrap();
         told.recv().unwrap()

@@ -2,7 +2,7 @@
 
 use std::{
     os::fd::BorrowedFd,
-    sync::mpsc::{Receiver, SyncSender, channel, sync_channel},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread::Scope,
 };
 
@@ -185,11 +185,12 @@ impl Beside {
     /// Fails where no thread can be started.
     fn start<'scope>(scope: &'scope Scope<'scope, '_>, hasher: &'scope mut blake3::Hasher) -> std::io::Result<Self> {
         let (written, arriving) = sync_channel::<Vec<u8>>(1);
-        let (give_back, hashed) = channel();
+        // What does not fit is let go of, and another is made.
+        let (give_back, hashed) = sync_channel(2);
         let run = move || {
             for piece in arriving {
                 hasher.update(&piece);
-                let _ = give_back.send(piece);
+                let _ = give_back.try_send(piece);
             }
         };
         std::thread::Builder::new().name("hash".to_owned()).spawn_scoped(scope, run)?;
