@@ -12,7 +12,7 @@ use std::{
 use flocker_replication::{
     ancestry::Memory,
     message::{Describe, Description, Message, PROTOCOL, Rest, strip},
-    outline::outline,
+    outline::{Block, outline},
 };
 use flocker_storage::model::{HeldSnapshot, Host, Lineage, NodeName, SnapshotId, VolumeId, VolumeName};
 use flocker_transport::NO_PROGRESS;
@@ -180,7 +180,8 @@ impl Node {
         own: &Lineage,
     ) -> Vec<(NodeName, std::result::Result<Option<Description>, ApiProblem>)> {
         let mut asked = JoinSet::new();
-        let own = Arc::new(strip(own));
+        let own = strip(own);
+        let own = Arc::new((outline(&own), own));
         for peer in self.peer_resources() {
             let (node, name, own) = (self.clone(), name.clone(), own.clone());
             asked.spawn(async move {
@@ -202,12 +203,12 @@ impl Node {
         answers
     }
 
-    /// Asks one peer for its volume of a name.
+    /// Asks one peer for its volume of a name, beside this node's lineage of it and its outline.
     pub(crate) async fn describe_at(
         &self,
         row: PeerRow,
         name: &VolumeName,
-        own: &Lineage,
+        own: &(Vec<Block>, Lineage),
     ) -> std::result::Result<Description, Failure> {
         loop {
             let described = self.ask_to_describe(&row, name, own).await;
@@ -222,12 +223,12 @@ impl Node {
         &self,
         row: &PeerRow,
         name: &VolumeName,
-        own: &Lineage,
+        (outline, own): &(Vec<Block>, Lineage),
     ) -> std::result::Result<Description, Failure> {
         let lent = self.lend(row).await?;
         let mut line = Line::open(row.name.clone(), &lent).await?;
         line.send(&Message::Describe(Describe { protocol: PROTOCOL, volume: name.clone() })).await?;
-        line.send(&Message::Rest(Rest { older: outline(own), ..Rest::default() })).await?;
+        line.send(&Message::Rest(Rest { older: outline.clone(), ..Rest::default() })).await?;
         let mut description = match line.recv(NO_PROGRESS).await? {
             Message::Description(description) => *description,
             other => return Err(line.broke(format!("{} instead of a description", other.kind())).into()),

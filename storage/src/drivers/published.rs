@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
+    mem::ManuallyDrop,
     ops::ControlFlow,
     os::unix::fs::MetadataExt,
     path::Path,
@@ -150,26 +151,46 @@ impl<R: Record> Published<R> {
         Ok(own)
     }
 
-    /// Notes that a snapshot was published behind all others.
-    pub(crate) fn add(&self, volume: VolumeId, folder: &Path, record: &R) {
+    /// Says that a volume's snapshots are about to be others. Its list is read anew when the value is gone, whatever came of it.
+    pub(crate) fn change(&self, volume: VolumeId) -> Change<'_, R> {
+        Change { published: self, volume }
+    }
+
+    fn forget(&self, volume: VolumeId) {
         let mut lists = self.lists();
         lists.changes += 1;
-        let Some((identity_then, own)) = lists.of.get_mut(&volume) else { return };
+        lists.of.remove(&volume);
+    }
+}
+
+/// A change that is being made to a volume's snapshots.
+#[must_use]
+pub(crate) struct Change<'a, R: Record> {
+    published: &'a Published<R>,
+    volume: VolumeId,
+}
+
+impl<R: Record> Change<'_, R> {
+    /// Says that nothing has changed but that a snapshot was published behind all others, so that the list need not be read anew.
+    pub(crate) fn added(self, folder: &Path, record: &R) {
+        let change = ManuallyDrop::new(self);
+        let mut lists = change.published.lists();
+        lists.changes += 1;
+        let Some((identity_then, own)) = lists.of.get_mut(&change.volume) else { return };
         let follows = own.last().is_none_or(|last| last.sequence() < record.sequence());
         match identity(folder).filter(|_| follows) {
             Some(now) => {
                 Arc::make_mut(own).push(record.clone());
                 *identity_then = now;
             }
-            None => drop(lists.of.remove(&volume)),
+            None => drop(lists.of.remove(&change.volume)),
         }
     }
+}
 
-    /// Notes that a volume's snapshots are others.
-    pub(crate) fn forget(&self, volume: VolumeId) {
-        let mut lists = self.lists();
-        lists.changes += 1;
-        lists.of.remove(&volume);
+impl<R: Record> Drop for Change<'_, R> {
+    fn drop(&mut self) {
+        self.published.forget(self.volume);
     }
 }
 
@@ -257,7 +278,7 @@ mod tests {
         assert_eq!(bench.own(std::slice::from_ref(&one), 0), (vec![one.clone()], true));
         assert_eq!(bench.own(&[], 0), (vec![one.clone()], false));
         bench.put(&two);
-        bench.published.add(bench.volume, &bench.folder(), &two);
+        bench.published.change(bench.volume).added(&bench.folder(), &two);
         assert_eq!(bench.own(&[], 0), (vec![one, two], false));
     }
 
@@ -280,7 +301,7 @@ mod tests {
     fn what_this_process_does_is_seen_whatever_the_clock_says() {
         let (bench, one) = (Bench::new(), stored(1));
         bench.own(std::slice::from_ref(&one), 0);
-        bench.published.forget(bench.volume);
+        drop(bench.published.change(bench.volume));
         assert_eq!(bench.own(&[], 0), (Vec::new(), true), "the folder has not changed");
     }
 
@@ -288,7 +309,7 @@ mod tests {
     fn a_list_read_while_something_was_published_is_not_kept() {
         let (bench, one) = (Bench::new(), stored(1));
         let read = || {
-            bench.published.add(bench.volume, &bench.folder(), &one);
+            bench.published.change(bench.volume).added(&bench.folder(), &one);
             Ok((Vec::new(), Vec::new()))
         };
         bench.published.own(bench.volume, &bench.folder(), read).unwrap();
@@ -300,7 +321,7 @@ mod tests {
         let (bench, one) = (Bench::new(), stored(1));
         bench.put(&one);
         bench.own(std::slice::from_ref(&one), 0);
-        bench.published.add(bench.volume, &bench.folder(), &one);
+        bench.published.change(bench.volume).added(&bench.folder(), &one);
         assert_eq!(bench.own(std::slice::from_ref(&one), 1), (vec![one.clone()], true));
         assert_eq!(bench.own(std::slice::from_ref(&one), 0), (vec![one], true));
     }

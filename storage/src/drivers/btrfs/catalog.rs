@@ -238,8 +238,9 @@ impl Pool {
         let attached = self.is_attached(|key| key.volume == volume, Some(volume));
         refuse_blocked(OPERATION, volume, Blockers { newer: Vec::new(), clones, attached })?;
         fault::point("btrfs.destroy.before-trash");
+        let change = self.published.change(volume);
         let trashed = self.trash(OPERATION, &self.volume_dir(volume))?;
-        self.published.forget(volume);
+        drop(change);
         drop(publishing);
         fault::point("btrfs.destroy.trashed");
         // What was on its way into the volume has nowhere to go.
@@ -269,8 +270,9 @@ impl Pool {
         }
         let publishing = self.publishing();
         fault::point("btrfs.forget.before-trash");
+        let change = self.published.change(key.volume);
         let trashed = self.trash(OPERATION, &self.snapshot_dir(key))?;
-        self.published.forget(key.volume);
+        drop(change);
         drop(publishing);
         fault::point("btrfs.forget.trashed");
         self.delete_trashed(trashed);

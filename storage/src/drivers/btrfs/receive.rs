@@ -421,8 +421,9 @@ impl Work {
             // Head first: a replica without a head is as its newest snapshot, whichever that is.
             let trashed = head.then(|| pool.trash(OPERATION, &pool.head_dir(volume))).transpose()?;
             fault::point("btrfs.receive.head-trashed");
+            let change = pool.published.change(volume);
             stage.publish(OPERATION, "incoming", &pool.snapshot_dir(key))?;
-            pool.published.add(volume, &pool.snapshots_dir(volume), &stored);
+            change.added(&pool.snapshots_dir(volume), &stored);
             drop(publishing);
             fault::point("btrfs.receive.published");
             if let Some(trashed) = trashed {

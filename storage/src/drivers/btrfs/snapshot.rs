@@ -123,8 +123,9 @@ impl Pool {
 
     fn publish_snapshot(&self, prepared: Prepared) -> Result<SnapshotReport> {
         let Prepared { stage, key, stored } = prepared;
+        let change = self.published.change(key.volume);
         stage.publish(OPERATION, "snapshot", &self.snapshot_dir(key))?;
-        self.published.add(key.volume, &self.snapshots_dir(key.volume), &stored);
+        change.added(&self.snapshots_dir(key.volume), &stored);
         fault::point("btrfs.snapshot.published");
         Ok(SnapshotReport { held: stored.held(key.volume), warnings: Vec::new() })
     }

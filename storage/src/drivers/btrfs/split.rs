@@ -73,6 +73,7 @@ impl Pool {
 
     fn carry_out(&self, split: &Split) -> io::Result<()> {
         let (old, new) = (self.volume_dir(split.volume), self.volume_dir(split.fork.id));
+        let _changes = [split.volume, split.fork.id].map(|volume| self.published.change(volume));
         lay_out_volume(&new, &split.fork)?;
         sync_dir(&self.volumes_dir())?;
         fault::point("btrfs.split.fork-created");
@@ -87,9 +88,6 @@ impl Pool {
                 fs::rename(old.join(&name), new.join(&name))?;
             }
             fault::point("btrfs.split.snapshot-moved");
-        }
-        for volume in [split.volume, split.fork.id] {
-            self.published.forget(volume);
         }
         self.repoint_clones(split)?;
         fault::point("btrfs.split.clones-moved");

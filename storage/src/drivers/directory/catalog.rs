@@ -213,8 +213,9 @@ impl Pool {
         let attached = self.is_attached(|key| key.volume == volume, Some(volume));
         refuse_blocked(OPERATION, volume, Blockers { newer: Vec::new(), clones, attached })?;
         fault::point("directory.destroy.before-trash");
+        let change = self.published.change(volume);
         let trashed = self.trash(OPERATION, &self.volume_dir(volume))?;
-        self.published.forget(volume);
+        drop(change);
         drop(publishing);
         fault::point("directory.destroy.trashed");
         self.delete_trashed(trashed);
@@ -244,8 +245,9 @@ impl Pool {
         }
         let publishing = self.publishing();
         fault::point("directory.forget.before-trash");
+        let change = self.published.change(key.volume);
         let trashed = self.trash(OPERATION, &self.snapshot_dir(key))?;
-        self.published.forget(key.volume);
+        drop(change);
         drop(publishing);
         fault::point("directory.forget.trashed");
         self.delete_trashed(trashed);

@@ -109,8 +109,9 @@ impl Pool {
             .and_then(|()| sync_dir(&baselines))
             .map_err(|error| Error::io(OPERATION, key.volume, error))?;
         fault::point("directory.snapshot.baseline-placed");
+        let change = self.published.change(key.volume);
         stage.publish(OPERATION, "snapshot", &self.snapshot_dir(key))?;
-        self.published.add(key.volume, &self.snapshots_dir(key.volume), &stored);
+        change.added(&self.snapshots_dir(key.volume), &stored);
         fault::point("directory.snapshot.published");
         drop_other_baselines(&baselines, &baseline);
         Ok(SnapshotReport { held: stored.held(key.volume), warnings })
