@@ -4,18 +4,19 @@
 //! of what is made in it. Refuses to know what the trees in it are. Neighbour: [`super::partial`].
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt,
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use rustix::fs::{self as sys, FlockOperation};
+use rustix::fs as sys;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::PoolSpec;
+use super::{PoolSpec, lock};
 use crate::{
     error::{Error, ErrorKind, Result},
     model::SnapshotKey,
@@ -26,6 +27,8 @@ use crate::{
 const POOL_FORMAT: u32 = 1;
 pub(super) const POOL_RECORD: &str = "flocker-pool.json";
 const LOCK: &str = "lock";
+/// How long programs are waited for that a process which is gone was starting when it went.
+const CHILDREN: Duration = Duration::from_secs(5);
 const FOLDERS: [&str; 3] = ["volumes", "staging", "trash"];
 /// What a fresh file system may hold and still count as empty.
 const LOST_AND_FOUND: &str = "lost+found";
@@ -163,23 +166,10 @@ pub(super) fn explain(error: &io::Error) -> String {
 }
 
 fn lock(root: &Path, spec: &PoolSpec) -> Result<File> {
-    let unusable = |error: io::Error| Error::new("open pool", spec, ErrorKind::PoolUnusable(explain(&error)));
-    DirBuilder::new().mode(0o700).recursive(true).create(root).map_err(unusable)?;
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(root.join(LOCK)).map_err(unusable)?;
-    match sys::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut text = String::new();
-            let _ = (&mut file).take(32).read_to_string(&mut text);
-            return Err(Error::new("open pool", spec, ErrorKind::PoolBusy { pid: text.trim().parse().ok() }));
-        }
-        Err(error) => return Err(unusable(error.into())),
-    }
-    // Only for people and for the error above; the lock itself is the kernel's.
-    let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
-    Ok(file)
+    let failed = |kind: ErrorKind| Error::new("open pool", spec, kind);
+    let unusable = |error: io::Error| ErrorKind::PoolUnusable(explain(&error));
+    DirBuilder::new().mode(0o700).recursive(true).create(root).map_err(|error| failed(unusable(error)))?;
+    lock::take(&root.join(LOCK), CHILDREN).map_err(|error| failed(error.into_kind(unusable)))
 }
 
 /// The record is written last: a pool without it was never used.

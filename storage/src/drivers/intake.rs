@@ -140,16 +140,17 @@ impl<W: Send + 'static> Intake<W> {
 
 impl<W> Drop for Intake<W> {
     fn drop(&mut self) {
-        let state = std::mem::replace(&mut self.state, State::Failed);
-        aside(|| {
-            if let State::Working(Worker { chunks, sent, taken, work, thread }) = state {
+        match std::mem::replace(&mut self.state, State::Failed) {
+            State::Failed => {}
+            State::Idle(work) => aside(|| drop(work)),
+            State::Working(Worker { chunks, sent, taken, work, thread }) => aside(|| {
                 drop(chunks);
                 if taken.load(Ordering::Acquire) == sent {
                     let _ = thread.join();
                 }
                 drop(work);
-            }
-        });
+            }),
+        }
     }
 }
 

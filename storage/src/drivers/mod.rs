@@ -19,6 +19,8 @@ mod estimate;
 mod folder;
 #[cfg(any(feature = "btrfs", feature = "directory", feature = "zfs"))]
 mod intake;
+#[cfg(any(feature = "btrfs", feature = "directory", feature = "zfs"))]
+mod lock;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]

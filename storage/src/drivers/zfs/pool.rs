@@ -15,15 +15,14 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use rustix::fs::{self as sys, FlockOperation};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -38,7 +37,7 @@ use super::{
 use crate::{
     delta::DeltaFormat,
     driver::{Capabilities, Target, Usage},
-    drivers::PoolSpec,
+    drivers::{PoolSpec, lock},
     error::{Error, ErrorKind, Result},
     model::{SnapshotId, SnapshotKey, VolumeId},
 };
@@ -119,7 +118,9 @@ impl Pool {
         let runtime = Path::new(RUNTIME).join(wanted.lock_name(spec)?);
         let made = DirBuilder::new().mode(0o700).recursive(true).create(runtime.join("mnt"));
         made.map_err(|error| Error::io(OPERATION, runtime.display(), error))?;
-        let programs = Programs::new(lock(&runtime, spec)?);
+        let lock = lock::take(&runtime.join("lock"), CHILDREN)
+            .map_err(|error| Error::new(OPERATION, spec, error.into_kind(ErrorKind::Io)))?;
+        let programs = Programs::new(lock);
         let place = wanted.open(spec, &programs)?;
         let root = place.dataset.clone();
         set_up(spec, &programs, &root)?;
@@ -209,33 +210,6 @@ impl Pool {
 /// Locks a mutex whose holders leave no state half done.
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Takes the lock. Where it is held by children of a process that is gone, they are waited for.
-fn lock(runtime: &Path, spec: &PoolSpec) -> Result<File> {
-    let failed = |error: io::Error| Error::io(OPERATION, spec, error);
-    let path = runtime.join("lock");
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-    let mut file = file.map_err(failed)?;
-    let deadline = Instant::now() + CHILDREN;
-    loop {
-        match sys::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => break,
-            Err(rustix::io::Errno::WOULDBLOCK) => {}
-            Err(error) => return Err(failed(error.into())),
-        }
-        let mut holder = String::new();
-        file.rewind().and_then(|()| file.read_to_string(&mut holder)).map_err(failed)?;
-        let pid: Option<u32> = holder.trim().parse().ok();
-        let lives = pid.is_none_or(|pid| Path::new(&format!("/proc/{pid}")).exists());
-        if lives || Instant::now() >= deadline {
-            return Err(Error::new(OPERATION, spec, ErrorKind::PoolBusy { pid }));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
-    written.map_err(failed)?;
-    Ok(file)
 }
 
 /// Looks at the root, makes it where only it is missing, and marks it as a pool where it is free.
