@@ -3,7 +3,7 @@
 //! Owns the list of each volume's own snapshots as it was read last, the question whether it still holds, and lineages. It holds while
 //! the folder of the snapshots is the one that was read, unchanged: one look at a folder, however long the history. The
 //! pool is locked, so nobody else publishes; what this process does to the folder it says here, because two changes within
-//! one tick of the file system's clock leave the same times. Whoever destroys reads the records themselves. Refuses to know
+//! one tick of the file system's clock leave the same times. Rewinding and splitting read the records themselves. Refuses to know
 //! what lies in the folder.
 
 use std::{
@@ -173,17 +173,32 @@ pub(crate) struct Change<'a, R: Record> {
 impl<R: Record> Change<'_, R> {
     /// Says that nothing has changed but that a snapshot was published behind all others, so that the list need not be read anew.
     pub(crate) fn added(self, folder: &Path, record: &R) {
+        self.done(folder, |own| {
+            let follows = own.last().is_none_or(|last| last.sequence() < record.sequence());
+            if follows {
+                own.push(record.clone());
+            }
+            follows
+        });
+    }
+
+    /// Says that nothing has changed but that a snapshot is gone.
+    pub(crate) fn removed(self, folder: &Path, snapshot: SnapshotId) {
+        self.done(folder, |own| {
+            own.retain(|record| record.id() != snapshot);
+            true
+        });
+    }
+
+    /// Takes a change over into the list, where `apply` says that it fits.
+    fn done(self, folder: &Path, apply: impl FnOnce(&mut Vec<R>) -> bool) {
         let change = ManuallyDrop::new(self);
         let mut lists = change.published.lists();
         lists.changes += 1;
         let Some((identity_then, own)) = lists.of.get_mut(&change.volume) else { return };
-        let follows = own.last().is_none_or(|last| last.sequence() < record.sequence());
-        match identity(folder).filter(|_| follows) {
-            Some(now) => {
-                Arc::make_mut(own).push(record.clone());
-                *identity_then = now;
-            }
-            None => drop(lists.of.remove(&change.volume)),
+        match (apply(Arc::make_mut(own)), identity(folder)) {
+            (true, Some(now)) => *identity_then = now,
+            _ => drop(lists.of.remove(&change.volume)),
         }
     }
 }
@@ -280,6 +295,17 @@ mod tests {
         bench.put(&two);
         bench.published.change(bench.volume).added(&bench.folder(), &two);
         assert_eq!(bench.own(&[], 0), (vec![one, two], false));
+    }
+
+    #[test]
+    fn a_list_goes_on_without_what_is_destroyed() {
+        let (bench, one, two) = (Bench::new(), stored(1), stored(2));
+        bench.put(&one);
+        bench.put(&two);
+        bench.own(&[one.clone(), two.clone()], 0);
+        fs::remove_dir(bench.folder().join(one.1.id.to_string())).unwrap();
+        bench.published.change(bench.volume).removed(&bench.folder(), one.1.id);
+        assert_eq!(bench.own(&[], 0), (vec![two], false));
     }
 
     #[test]

@@ -272,7 +272,7 @@ impl Pool {
         fault::point("btrfs.forget.before-trash");
         let change = self.published.change(key.volume);
         let trashed = self.trash(OPERATION, &self.snapshot_dir(key))?;
-        drop(change);
+        change.removed(&self.snapshots_dir(key.volume), key.snapshot);
         drop(publishing);
         fault::point("btrfs.forget.trashed");
         self.delete_trashed(trashed);

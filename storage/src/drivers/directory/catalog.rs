@@ -247,7 +247,7 @@ impl Pool {
         fault::point("directory.forget.before-trash");
         let change = self.published.change(key.volume);
         let trashed = self.trash(OPERATION, &self.snapshot_dir(key))?;
-        drop(change);
+        change.removed(&self.snapshots_dir(key.volume), key.snapshot);
         drop(publishing);
         fault::point("directory.forget.trashed");
         self.delete_trashed(trashed);
