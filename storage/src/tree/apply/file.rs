@@ -10,6 +10,7 @@ use rustix::{
 use super::{
     Applier, Sharing,
     tail::{Becomes, Before, Closed, Step},
+    waiting::Waiting,
 };
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -231,7 +232,7 @@ impl Applier {
         self.advance(&file.path, None);
         let OpenFile { fd, path, metadata, origin, .. } = file;
         let becomes = if origin == Origin::Fresh && metadata.xattrs.is_empty() {
-            Becomes::Plain(fd, metadata)
+            Becomes::Plain(Waiting::new(fd), metadata)
         } else {
             self.builder.finish_file(&fd, path.name(), &metadata, origin)?;
             Becomes::Finished(self.notes.then(|| self.builder.entry_of(&fd, path.clone())).transpose()?)

@@ -15,6 +15,7 @@
 
 mod file;
 mod tail;
+mod waiting;
 
 use std::{fmt, os::fd::AsFd as _};
 

@@ -14,7 +14,10 @@ use std::{
 use bytes::Bytes;
 use rustix::io::Errno;
 
-use super::file::verify_contents;
+use super::{
+    file::verify_contents,
+    waiting::{self, Waiting},
+};
 use crate::{
     driver::Finding,
     error::{Error, ErrorKind, Result},
@@ -34,8 +37,12 @@ use crate::{
     },
 };
 
-/// How many files may be closed in one batch: they are open until the batch is done, and another one waits.
-const CLOSED_LIMIT: usize = 32;
+/// How many files may be closed in one batch: they are open until the batch is done, and another one waits. The more there
+/// are, the rarer the two threads wait for each other, and the longer each runs on a processor of its own.
+const CLOSED_LIMIT: usize = 512;
+
+/// How many there may be where this process has few files left to open.
+const CLOSED_LIMIT_OF_FEW: usize = 32;
 
 /// How many bytes of a stream are not worth a thread.
 const AT_ONCE_LIMIT: usize = 64 * 1024;
@@ -78,7 +85,7 @@ pub(super) struct Closed {
 /// What is left to be done with it.
 pub(super) enum Becomes {
     /// Fresh and without attributes of its own: everything but the data.
-    Plain(OwnedFd, Metadata),
+    Plain(Waiting, Metadata),
     /// Nothing. What it is, where that is wanted.
     Finished(Option<Entry>),
 }
@@ -112,7 +119,7 @@ impl Tail {
 
     /// Tells whether the steps are to be handed over before more are added.
     pub(super) fn is_full(&self) -> bool {
-        self.closed >= CLOSED_LIMIT
+        self.closed >= CLOSED_LIMIT_OF_FEW && (self.closed >= CLOSED_LIMIT || waiting::are_many())
     }
 
     /// Has the steps done, whose ranges are of `bytes`; waits for room. Why that failed, [`take_failure`](Self::take_failure) tells.
@@ -221,7 +228,7 @@ impl Work {
             verify_contents(&path, digest, stated)?;
         }
         let entry = match becomes {
-            Becomes::Plain(file, metadata) => Some(self.finish_plain(&file, path, &metadata)?),
+            Becomes::Plain(file, metadata) => Some(self.finish_plain(file.file(), path, &metadata)?),
             Becomes::Finished(entry) => entry,
         };
         if let (Some(arrivals), Some(entry)) = (&mut self.arrivals, entry) {
