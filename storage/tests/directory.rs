@@ -72,9 +72,13 @@ async fn volume_in(pool: &Path) -> (Arc<dyn Driver>, VolumeRecord, PathBuf) {
 }
 
 /// Reads a whole delta and returns its length.
-async fn delta_bytes(driver: &dyn Driver, base: &HeldSnapshot, target: &HeldSnapshot) -> Result<usize, Error> {
+async fn delta_bytes(
+    driver: &dyn Driver,
+    base: impl Into<Option<&HeldSnapshot>>,
+    target: &HeldSnapshot,
+) -> Result<usize, Error> {
     let request = DeltaRequest {
-        base: Some(base.key()),
+        base: base.into().map(HeldSnapshot::key),
         target: target.key(),
         format: DeltaFormat::tree(),
         compare: Compare::Metadata,
@@ -194,7 +198,7 @@ type Tampering = fn(&Path) -> io::Result<()>;
 
 #[tokio::test]
 async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
-    let ways: [(&str, &str, Tampering); 10] = [
+    let ways: [(&str, &str, Tampering); 13] = [
         ("a", "extended attributes", |tree| set_attribute(&tree.join("a"))),
         ("sub", "extended attributes", |tree| set_attribute(&tree.join("sub"))),
         ("a", "size", |tree| fs::write(tree.join("a"), "longer than before")),
@@ -211,6 +215,19 @@ async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
             fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o640))?;
             fs::File::options().write(true).open(tree.join("a"))?.set_modified(time)?;
             restore_time(tree)
+        }),
+        ("a", "changed from", |tree| {
+            fs::remove_file(tree.join("a"))?;
+            std::os::unix::fs::symlink("../../../volume.json", tree.join("a"))
+        }),
+        ("a", "changed from", |tree| {
+            fs::remove_file(tree.join("a"))?;
+            let kind = rustix::fs::FileType::Fifo;
+            Ok(rustix::fs::mknodat(rustix::fs::CWD, tree.join("a"), kind, rustix::fs::Mode::RUSR, 0)?)
+        }),
+        ("a", "changed from", |tree| {
+            fs::remove_file(tree.join("a"))?;
+            fs::create_dir(tree.join("a"))
         }),
         ("link", "target", |tree| {
             fs::remove_file(tree.join("link"))?;
@@ -237,6 +254,7 @@ async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
         assert!(found, "{path} {words}: {findings:?}");
         let is_noticed = |error: Error| assert!(matches!(error.kind, ErrorKind::Tampered { .. }), "{:?}", error.kind);
         is_noticed(delta_bytes(&*driver, &one, &two).await.unwrap_err());
+        is_noticed(delta_bytes(&*driver, None, &two).await.unwrap_err());
         let target = Target::Snapshot(two.volume, two.snapshot.id);
         is_noticed(driver.attach(target, Access::ReadOnly).await.unwrap_err());
         let clone = VolumeRecord { origin: Some(two.key()), ..record("clone") };

@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    io::{BufReader, BufWriter, Read as _, Seek as _, Write as _},
+    io::{BufReader, BufWriter, Read, Write as _},
     mem,
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, sync_channel},
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     behind::Behind,
-    entry::{Entry, Stat},
+    entry::{Entry, EntryKind, Stat},
     path::TreePath,
     xattr::XATTRS_LIMIT,
 };
@@ -28,6 +28,9 @@ const MAGIC: &[u8] = b"flocker-inventory/1\n";
 
 /// The longest record: an entry with all its attributes, two paths, and room.
 const RECORD_LIMIT: usize = XATTRS_LIMIT + 256 * 1024;
+
+/// Bytes before each record: the length of its body.
+const LENGTH: usize = 4;
 
 const CHECK_LENGTH: usize = 8;
 
@@ -41,6 +44,13 @@ pub struct InventoryEntry {
     pub origin: Option<Stat>,
     /// BLAKE3 of a regular file's contents, where it was read.
     pub digest: Option<[u8; 32]>,
+}
+
+impl InventoryEntry {
+    /// Tells whether it is a regular file, and the first of its names.
+    pub fn is_file(&self) -> bool {
+        matches!(self.entry.kind, EntryKind::File { .. })
+    }
 }
 
 #[derive(Deserialize)]
@@ -57,13 +67,64 @@ enum RecordRef<'a> {
     End { entries: u64 },
 }
 
-/// Whether each record has a checksum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Checks {
-    /// It has: what is read was written by another process.
-    Kept,
-    /// It has not: the file has no name and is gone with the process.
-    None,
+/// Appends a record as it lies in the file.
+fn put_frame(record: &RecordRef<'_>, mut to: Vec<u8>) -> std::result::Result<Vec<u8>, ErrorKind> {
+    let head = to.len();
+    to.extend_from_slice(&[0; LENGTH]);
+    let mut to = postcard::to_extend(record, to).map_err(|error| ErrorKind::Corrupt(error.to_string()))?;
+    let start = head + LENGTH;
+    let length = to.len() - start;
+    if length > RECORD_LIMIT {
+        return Err(ErrorKind::Unsupported("an entry's attributes are larger than 8 MiB".to_owned()));
+    }
+    to[head..start].copy_from_slice(&(length as u32).to_le_bytes());
+    let check = blake3::hash(&to[start..]);
+    to.extend_from_slice(&check.as_bytes()[..CHECK_LENGTH]);
+    Ok(to)
+}
+
+/// An entry's record as it lies in the file, apart from any file: what is put in one as it is.
+#[derive(Debug, Default)]
+pub(super) struct Frame(Vec<u8>);
+
+impl Frame {
+    /// Makes it of an entry, in place of what it was.
+    pub(super) fn set(&mut self, entry: &InventoryEntry) -> std::result::Result<(), ErrorKind> {
+        self.0.clear();
+        self.0 = put_frame(&RecordRef::Entry(entry), mem::take(&mut self.0))?;
+        Ok(())
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Reads the next one, in place of what it was, from where this process has put it.
+    pub(super) fn read_from(&mut self, input: &mut impl Read) -> std::io::Result<()> {
+        self.0.resize(LENGTH, 0);
+        input.read_exact(&mut self.0)?;
+        let length = self.0.first_chunk().map_or(0, |length| u32::from_le_bytes(*length) as usize).min(RECORD_LIMIT);
+        self.0.resize(LENGTH + length + CHECK_LENGTH, 0);
+        input.read_exact(&mut self.0[LENGTH..])
+    }
+
+    /// Reads the path, and the kind, without the rest.
+    pub(super) fn head(&self) -> Option<(&[u8], EntryKind)> {
+        let ((tag, path, kind), _) = postcard::take_from_bytes::<(u32, &[u8], EntryKind)>(self.body()?).ok()?;
+        (tag == 0).then_some((path, kind))
+    }
+
+    /// Reads all of it.
+    pub(super) fn entry(&self) -> Option<InventoryEntry> {
+        match postcard::from_bytes(self.body()?).ok()? {
+            Record::Entry(entry) => Some(entry),
+            Record::End { .. } => None,
+        }
+    }
+
+    fn body(&self) -> Option<&[u8]> {
+        self.0.get(LENGTH..self.0.len().checked_sub(CHECK_LENGTH)?)
+    }
 }
 
 /// How many entries, and how many bytes of records, go from thread to thread at once.
@@ -72,6 +133,20 @@ const BATCH_BYTES: usize = 128 * 1024;
 
 type Batch = Vec<InventoryEntry>;
 
+/// What is to be written next: records that are made already, and between them entries.
+#[derive(Debug, Default)]
+struct Pending {
+    frames: Vec<u8>,
+    /// Each with the number of bytes of `frames` that come before it.
+    entries: Vec<(usize, InventoryEntry)>,
+}
+
+impl Pending {
+    fn is_full(&self) -> bool {
+        self.entries.len() >= BATCH_ENTRIES || self.frames.len() >= BATCH_BYTES
+    }
+}
+
 /// Writes an inventory. Dropped before [`finish`](Self::finish) it leaves a file that is read as truncated. From the second
 /// hundred of entries on they are written on a thread of their own: that one may not be shows at a later call.
 #[derive(Debug)]
@@ -79,95 +154,90 @@ pub struct InventoryWriter {
     /// The path added last, once there are entries.
     last: TreePath,
     entries: u64,
-    batch: Batch,
+    pending: Pending,
     path: PathBuf,
-    work: Behind<Encoder, Batch>,
+    work: Behind<Encoder, Pending>,
 }
 
 impl InventoryWriter {
     /// Creates the file, which must not exist, with mode 0600.
     pub fn create(path: &Path) -> Result<Self> {
-        Self::with(path, Checks::Kept)
-    }
-
-    pub(super) fn with(path: &Path, checks: Checks) -> Result<Self> {
         use std::os::unix::fs::OpenOptionsExt as _;
-        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let file = File::options().write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|error| Error::io("create inventory", path.display(), error))?;
         let out = BufWriter::with_capacity(64 * 1024, file);
-        let mut encoder = Encoder { out, path: path.to_owned(), body: Vec::new(), checks };
+        let mut encoder = Encoder { out, path: path.to_owned(), frame: Vec::new() };
         encoder.put(MAGIC)?;
-        let work = Behind::new("inventory", encoder, |encoder, batch: Batch| {
-            batch.iter().try_for_each(|entry| encoder.record(&RecordRef::Entry(entry)))
-        });
-        Ok(Self { last: TreePath::root(), entries: 0, batch: Batch::new(), path: path.to_owned(), work })
+        let work = Behind::new("inventory", encoder, Encoder::take);
+        Ok(Self { last: TreePath::root(), entries: 0, pending: Pending::default(), path: path.to_owned(), work })
     }
 
     /// Adds the next entry in walk order.
     pub fn add(&mut self, entry: InventoryEntry) -> Result<()> {
-        if self.entries > 0 && self.last >= entry.entry.path {
-            let why = format!("{} is out of order", entry.entry.path);
+        self.advance(&entry.entry.path)?;
+        self.pending.entries.push((self.pending.frames.len(), entry));
+        self.hand_over_if_full()
+    }
+
+    /// Adds the next entry in walk order, whose path this is, as a record that was made already.
+    pub(super) fn add_frame(&mut self, path: &TreePath, frame: &Frame) -> Result<()> {
+        self.advance(path)?;
+        self.pending.frames.extend_from_slice(frame.as_bytes());
+        self.hand_over_if_full()
+    }
+
+    fn advance(&mut self, path: &TreePath) -> Result<()> {
+        if self.entries > 0 && self.last >= *path {
+            let why = format!("{path} is out of order");
             return Err(Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(why)));
         }
-        self.last.clone_from(&entry.entry.path);
+        self.last.clone_from(path);
         self.entries += 1;
-        self.batch.push(entry);
-        if self.batch.len() < BATCH_ENTRIES {
+        Ok(())
+    }
+
+    fn hand_over_if_full(&mut self) -> Result<()> {
+        if !self.pending.is_full() {
             return Ok(());
         }
-        let batch = mem::replace(&mut self.batch, Batch::with_capacity(BATCH_ENTRIES));
-        self.work.hand_over(batch).map_err(|error| self.work.take_failure().unwrap_or(error))
+        let pending = mem::take(&mut self.pending);
+        self.work.hand_over(pending).map_err(|error| self.work.take_failure().unwrap_or(error))
     }
 
     /// Ends the inventory. It is whole, but not durable yet.
-    pub fn finish(self) -> Result<()> {
-        self.end().map(drop)
-    }
-
-    /// Ends the inventory and reads it back, whether it still has a name or not.
-    pub(super) fn into_reader(self) -> Result<InventoryReader> {
-        let Encoder { out, path, checks, .. } = self.end()?;
-        let file = out.into_inner().map_err(std::io::IntoInnerError::into_error).and_then(|mut file| {
-            file.rewind()?;
-            Ok(file)
-        });
-        InventoryReader::of(file.map_err(|error| Error::io("write inventory", path.display(), error))?, &path, checks)
-    }
-
-    fn end(mut self) -> Result<Encoder> {
-        let handed = self.work.here(mem::take(&mut self.batch));
+    pub fn finish(mut self) -> Result<()> {
+        let handed = self.work.here(mem::take(&mut self.pending));
         handed.map_err(|error| self.work.take_failure().unwrap_or(error))?;
         let mut encoder = self.work.into_work()?;
         encoder.record(&RecordRef::End { entries: self.entries })?;
-        encoder.out.flush().map_err(|error| Error::io("write inventory", encoder.path.display(), error))?;
-        Ok(encoder)
+        encoder.out.flush().map_err(|error| Error::io("write inventory", encoder.path.display(), error))
     }
 }
 
 struct Encoder {
     out: BufWriter<File>,
     path: PathBuf,
-    body: Vec<u8>,
-    checks: Checks,
+    /// Kept from one record to the next.
+    frame: Vec<u8>,
 }
 
 impl Encoder {
+    fn take(&mut self, Pending { frames, entries }: Pending) -> Result<()> {
+        let mut done = 0;
+        for (before, entry) in &entries {
+            self.put(&frames[done..*before])?;
+            self.record(&RecordRef::Entry(entry))?;
+            done = *before;
+        }
+        self.put(&frames[done..])
+    }
+
     fn record(&mut self, record: &RecordRef<'_>) -> Result<()> {
-        let mut body = mem::take(&mut self.body);
-        body.clear();
-        let body = postcard::to_extend(record, body).map_err(|error| {
-            Error::new("write inventory", self.path.display(), ErrorKind::Corrupt(error.to_string()))
-        })?;
-        if body.len() > RECORD_LIMIT {
-            let why = "an entry's attributes are larger than 8 MiB".to_owned();
-            return Err(Error::new("write inventory", self.path.display(), ErrorKind::Unsupported(why)));
-        }
-        self.put(&(body.len() as u32).to_le_bytes())?;
-        self.put(&body)?;
-        if self.checks == Checks::Kept {
-            self.put(&blake3::hash(&body).as_bytes()[..CHECK_LENGTH])?;
-        }
-        self.body = body;
+        self.frame.clear();
+        let frame = put_frame(record, mem::take(&mut self.frame));
+        let frame = frame.map_err(|kind| Error::new("write inventory", self.path.display(), kind))?;
+        self.put(&frame)?;
+        self.frame = frame;
         Ok(())
     }
 
@@ -196,20 +266,33 @@ impl InventoryReader {
     /// Opens an inventory.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io("open inventory", path.display(), error))?;
-        Self::of(file, path, Checks::Kept)
-    }
-
-    fn of(file: File, path: &Path, checks: Checks) -> Result<Self> {
         let input = BufReader::with_capacity(64 * 1024, file);
         let (path, last) = (path.to_owned(), TreePath::root());
-        let mut decoder =
-            Decoder { input, path, last, entries: 0, ended: false, failed: None, body: Vec::new(), checks };
+        let mut decoder = Decoder { input, path, last, entries: 0, ended: false, failed: None, body: Vec::new() };
         let mut magic = [0; MAGIC.len()];
         decoder.fill(&mut magic)?;
         if magic != MAGIC {
             return Err(decoder.corrupt("it is not an inventory"));
         }
         Ok(Self { ready: Batch::new().into_iter(), source: Source::Here(Box::new(decoder)) })
+    }
+
+    /// Returns the next entry, which stays the next one; `None` at the end.
+    pub(super) fn peek(&mut self) -> Result<Option<&InventoryEntry>> {
+        if self.ready.as_slice().is_empty() {
+            self.ready = self.read_on()?.into_iter();
+        }
+        Ok(self.peeked())
+    }
+
+    /// Returns what was returned by [`peek`](Self::peek) last, and was not passed since.
+    pub(super) fn peeked(&self) -> Option<&InventoryEntry> {
+        self.ready.as_slice().first()
+    }
+
+    /// Passes the next entry, if it has been looked at.
+    pub(super) fn skip(&mut self) {
+        drop(self.ready.next());
     }
 
     /// Returns the next entries; none at the end.
@@ -300,7 +383,6 @@ struct Decoder {
     /// What comes behind the entries that were whole.
     failed: Option<Error>,
     body: Vec<u8>,
-    checks: Checks,
 }
 
 impl Decoder {
@@ -339,7 +421,7 @@ impl Decoder {
     }
 
     fn read(&mut self) -> Result<Option<InventoryEntry>> {
-        let mut length = [0; 4];
+        let mut length = [0; LENGTH];
         self.fill(&mut length)?;
         let length = u32::from_le_bytes(length) as usize;
         if length > RECORD_LIMIT {
@@ -348,12 +430,10 @@ impl Decoder {
         let mut body = mem::take(&mut self.body);
         body.resize(length, 0);
         self.fill(&mut body)?;
-        if self.checks == Checks::Kept {
-            let mut check = [0; CHECK_LENGTH];
-            self.fill(&mut check)?;
-            if blake3::hash(&body).as_bytes()[..CHECK_LENGTH] != check {
-                return Err(self.corrupt("a checksum differs"));
-            }
+        let mut check = [0; CHECK_LENGTH];
+        self.fill(&mut check)?;
+        if blake3::hash(&body).as_bytes()[..CHECK_LENGTH] != check {
+            return Err(self.corrupt("a checksum differs"));
         }
         let record = postcard::from_bytes(&body).map_err(|_| self.corrupt("a record cannot be read"))?;
         self.body = body;
@@ -385,7 +465,7 @@ impl Decoder {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::tree::entry::{EntryKind, Time};
+    use crate::tree::entry::Time;
 
     fn entry(path: &str) -> InventoryEntry {
         InventoryEntry {
@@ -419,6 +499,27 @@ mod tests {
         let (path, entries) = written(folder.path());
         let back: Vec<_> = InventoryReader::open(&path).unwrap().map(Result::unwrap).collect();
         assert_eq!(back, entries);
+    }
+
+    #[test]
+    fn records_that_were_made_before_lie_among_entries_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, entries) = written(folder.path());
+        let path = folder.path().join("mixed");
+        let mut writer = InventoryWriter::create(&path).unwrap();
+        let mut frame = Frame::default();
+        for (number, item) in entries.iter().enumerate() {
+            frame.set(item).unwrap();
+            assert_eq!(frame.entry().as_ref(), Some(item));
+            assert_eq!(frame.head().unwrap(), (item.entry.path.as_bytes(), item.entry.kind.clone()));
+            match number {
+                1 | 2 => writer.add_frame(&item.entry.path, &frame).unwrap(),
+                _ => writer.add(item.clone()).unwrap(),
+            }
+        }
+        assert!(writer.add_frame(&entries[1].entry.path, &frame).is_err(), "out of order");
+        writer.finish().unwrap();
+        assert_eq!(std::fs::read(path).unwrap(), std::fs::read(whole).unwrap());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! # Participants
 //! [`root`] and [`path`] name and open things beneath a root; [`walk`] yields [`entry`] values in one order;
-//! [`copy`] makes entries elsewhere; [`inventory`] keeps them in a file, [`witness`] holds a tree against it. All calls
+//! [`copy`] makes entries elsewhere; [`inventory`] keeps them in a file, [`witness`] holds a tree against it, [`received`] makes one of
+//! what [`arrivals`] took down. All calls
 //! block: callers use a blocking thread.
 //! # Non-goals
 //! Volumes, pools and peers: a tree is a directory and what is in it.
@@ -21,12 +22,14 @@ pub mod digest;
 pub mod entry;
 mod extents;
 mod findings;
+mod groups;
 #[cfg(test)]
 mod hostile_tests;
 pub mod inventory;
 pub mod listing;
 mod output;
 pub mod path;
+pub mod received;
 pub mod root;
 mod stream_digest;
 mod target;

@@ -2,9 +2,11 @@
 //!
 //! Owns the one interface that [`super::write`] sees of either. Refuses to know what becomes of the entries.
 
-use rustix::fs::OFlags;
-
-use super::{entry::Entry, inventory::InventoryEntry, walk::Walk};
+use super::{
+    entry::Entry,
+    inventory::InventoryEntry,
+    walk::{READING, Walk},
+};
 use crate::{driver::Finding, error::Result};
 
 /// The tree that a delta leads to: one that is walked, or one that is put together of several.
@@ -31,7 +33,7 @@ impl Target for Walk {
     }
 
     fn open_last(&mut self) -> Result<std::os::fd::OwnedFd> {
-        Self::open_last(self, OFlags::RDONLY)
+        Self::open_last(self, READING)
     }
 
     fn recorded(&self) -> Option<&InventoryEntry> {

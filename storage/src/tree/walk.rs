@@ -3,11 +3,7 @@
 //! Memory: the names of the directories between the root and where the walk stands, and one small value per inode
 //! with several names until all of them were met. Refuses to know contents.
 
-use std::{
-    collections::{HashMap, HashSet},
-    mem::MaybeUninit,
-    os::fd::OwnedFd,
-};
+use std::{collections::HashSet, mem::MaybeUninit, os::fd::OwnedFd};
 
 use rustix::{
     fs::{AtFlags, FileType, OFlags, RawDir, StatxFlags},
@@ -15,9 +11,9 @@ use rustix::{
 };
 
 use super::{
-    arrivals::{Facts, Known},
-    entry::{Entry, EntryKind, Stat, Status},
+    entry::{Entry, EntryKind, Status},
     findings::Findings,
+    groups::Groups,
     inventory::{InventoryEntry, InventoryReader},
     path::TreePath,
     root::{DirStack, Root, open_entry, open_quietly, read_error},
@@ -46,7 +42,15 @@ pub enum Links {
 }
 
 impl Links {
-    fn inventory(&mut self) -> Option<&mut InventoryReader> {
+    pub(super) fn inventory(&self) -> Option<&InventoryReader> {
+        match self {
+            Self::ByInode => None,
+            Self::Inventory(inventory) | Self::Linked(inventory, _) => Some(inventory),
+            Self::Witnessed(witness) => Some(&witness.inventory),
+        }
+    }
+
+    pub(super) fn inventory_mut(&mut self) -> Option<&mut InventoryReader> {
         match self {
             Self::ByInode => None,
             Self::Inventory(inventory) | Self::Linked(inventory, _) => Some(inventory),
@@ -73,6 +77,9 @@ pub enum Attributes {
     OnDemand,
 }
 
+/// How the files of a walk are opened to be read: what stands in a file's place, a fifo say, does not hold it up.
+pub(super) const READING: OFlags = OFlags::RDONLY.union(OFlags::NONBLOCK);
+
 /// An iterator over a tree's entries in walk order, the root first. After an error it ends.
 #[derive(Debug)]
 pub struct Walk {
@@ -90,9 +97,10 @@ pub struct Walk {
     last_type: FileType,
     /// What the inode is, where the last entry is a further name of one.
     linked_kind: Option<EntryKind>,
-    /// What has arrived in the tree, where it was received a moment ago.
-    arrived: Option<Known>,
-    facts: Option<Facts>,
+    /// Files are opened before they are looked at.
+    opens: bool,
+    /// The last entry, where it was opened.
+    opened: Option<OwnedFd>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,21 +138,17 @@ impl Walk {
             name: Vec::new(),
             last_type: FileType::Unknown,
             linked_kind: None,
-            arrived: None,
-            facts: None,
+            opens: false,
+            opened: None,
         }
     }
 
-    /// Says what has arrived in the tree: a file of which all is known is not looked at.
+    /// Opens each file that the inventory knows before it looks at it, which saves going by its path twice: for a walk whose
+    /// files are all read.
     #[must_use]
-    pub fn knowing(mut self, arrived: Known) -> Self {
-        self.arrived = Some(arrived);
+    pub(super) fn opening(mut self) -> Self {
+        self.opens = true;
         self
-    }
-
-    /// Takes out what is known of the file that was returned last, if it has arrived.
-    pub fn take_facts(&mut self) -> Option<Facts> {
-        self.facts.take()
     }
 
     /// Returns what was left out so far: sockets, and what vanished from a live tree.
@@ -160,7 +164,7 @@ impl Walk {
             if !self.name.is_empty() {
                 path.push(&self.name);
             }
-            self.groups.skipped = Some(path);
+            self.groups.skip(path);
         }
     }
 
@@ -170,6 +174,9 @@ impl Walk {
             return Err(Error::new("open", self.dirs.show(b""), ErrorKind::NotFound));
         }
         let name = if self.name.is_empty() { &b"."[..] } else { &self.name };
+        if let Some(opened) = self.opened.take().filter(|_| flags == READING) {
+            return Ok(opened);
+        }
         let opened = open_quietly(self.dirs.top()?, name, flags);
         opened.map_err(|error| read_error("open", self.dirs.show(name), error))
     }
@@ -191,12 +198,12 @@ impl Walk {
 
     /// Returns what the inventory says about the entry that was returned last.
     pub fn recorded(&self) -> Option<&InventoryEntry> {
-        self.groups.recorded.as_ref()
+        self.groups.recorded()
     }
 
     /// Tells whether the inventory of [`Links::Linked`] has an entry that the tree has not; final at the end of the walk.
     pub fn lacks_some(&self) -> bool {
-        self.groups.lacks_some
+        self.groups.lacks_some()
     }
 
     /// Reads the extended attributes of the entry that was returned last, if it came without. One that is gone from a live
@@ -221,28 +228,61 @@ impl Walk {
     }
 
     fn step(&mut self) -> Result<Option<Entry>> {
-        match std::mem::replace(&mut self.position, Position::End) {
-            Position::Start => {
-                let root = self.entry()?;
-                return root.map(Some).ok_or_else(|| Error::new("read", self.dirs.show(b""), ErrorKind::NotFound));
-            }
-            Position::AtDirectory => self.descend()?,
-            Position::AtEntry => {}
-            Position::End => return Ok(None),
-        }
-        while let Some(names) = self.names.last_mut() {
-            if !names.next_into(&mut self.name) {
-                self.names.pop();
-                if self.dirs.level() > 0 {
-                    self.dirs.pop();
-                }
-                continue;
-            }
-            if let Some(entry) = self.entry()? {
+        while self.go_on()? {
+            let path = self.path_here()?;
+            if let Some(entry) = self.look(path)? {
                 return Ok(Some(entry));
             }
         }
         Ok(None)
+    }
+
+    /// Goes to the next name; `false` at the end. Whoever calls it then [looks](Self::look) at it or [passes](Self::pass) it.
+    pub(super) fn go_on(&mut self) -> Result<bool> {
+        match std::mem::replace(&mut self.position, Position::End) {
+            Position::Start => return Ok(true),
+            Position::AtDirectory => self.descend()?,
+            Position::AtEntry => {}
+            Position::End => return Ok(false),
+        }
+        while let Some(names) = self.names.last_mut() {
+            if names.next_into(&mut self.name) {
+                return Ok(true);
+            }
+            self.names.pop();
+            if self.dirs.level() > 0 {
+                self.dirs.pop();
+            }
+        }
+        Ok(false)
+    }
+
+    /// Returns the path of the name that was gone to.
+    pub(super) fn path_here(&self) -> Result<TreePath> {
+        if self.name.is_empty() { Ok(TreePath::root()) } else { self.dirs.path().child(&self.name) }
+    }
+
+    /// Leaves the name that was gone to, which is a file's with one name, without looking at it.
+    pub(super) fn pass(&mut self, path: &TreePath) {
+        self.position = Position::AtEntry;
+        self.last_type = FileType::RegularFile;
+        self.linked_kind = None;
+        self.groups.seek(path);
+    }
+
+    /// Ends the walk where there is nothing more, or an error.
+    pub(super) fn conclude<T>(&mut self, mut next: Result<Option<T>>) -> Result<Option<T>> {
+        if matches!(next, Ok(None)) {
+            self.groups.end();
+        }
+        if let (Ok(_), Some(error)) = (&next, self.groups.take_error()) {
+            next = Err(error);
+        }
+        if !matches!(next, Ok(Some(_))) {
+            self.position = Position::End;
+            self.names.clear();
+        }
+        next
     }
 
     fn descend(&mut self) -> Result<()> {
@@ -274,31 +314,25 @@ impl Walk {
         })
     }
 
-    /// Reads the entry of this name in the directory on top (the root itself where the name is empty).
-    fn entry(&mut self) -> Result<Option<Entry>> {
-        let path = if self.name.is_empty() { TreePath::root() } else { self.dirs.path().child(&self.name)? };
-        self.facts = None;
-        let arrived = self.arrived.as_mut().map_or(Ok(None), |arrived| arrived.at(&path))?;
-        let known = match arrived {
-            Some((known, true)) => return Ok(Some(self.as_it_arrived(known))),
-            Some((known, false)) => Some(known),
-            None => None,
-        };
+    /// Reads the entry of the name that was gone to; `None` where it is left out.
+    pub(super) fn look(&mut self, path: TreePath) -> Result<Option<Entry>> {
+        self.position = Position::AtEntry;
+        let is_root = path.is_root();
         match self.read_entry(path) {
             Ok(Some(entry)) => {
-                self.facts = known.and_then(|known| Facts::holding(known, &entry));
-                let directory = entry.kind == EntryKind::Directory;
-                self.position = if directory { Position::AtDirectory } else { Position::AtEntry };
+                if entry.kind == EntryKind::Directory {
+                    self.position = Position::AtDirectory;
+                }
                 Ok(Some(entry))
             }
             Ok(None) => {
                 self.note("it is a socket, which is left out");
                 if let Links::Witnessed(witness) = &self.groups.links {
-                    return Err(witness.tampered(&self.dirs.path().child(&self.name)?, "it was added"));
+                    return Err(witness.tampered(&self.path_here()?, "it was added"));
                 }
                 Ok(None)
             }
-            Err(Errno::NOENT) if self.motion == Motion::Live => {
+            Err(Errno::NOENT) if self.motion == Motion::Live && !is_root => {
                 self.note("it vanished while the tree was read");
                 Ok(None)
             }
@@ -306,22 +340,19 @@ impl Walk {
         }
     }
 
-    /// Returns a file that has one name and was left as is known.
-    fn as_it_arrived(&mut self, known: InventoryEntry) -> Entry {
-        let InventoryEntry { mut entry, digest, .. } = known;
-        self.position = Position::AtEntry;
-        self.last_type = FileType::RegularFile;
-        self.linked_kind = None;
-        self.groups.place(&entry.path, &entry.kind, &mut entry.stat);
-        self.facts = Some(Facts { xattrs: Some(std::mem::take(&mut entry.xattrs)), digest });
-        entry
-    }
-
     fn read_entry(&mut self, path: TreePath) -> std::result::Result<Option<Entry>, Errno> {
+        self.groups.seek(&path);
         let name = self.name.as_slice();
         let directory = self.dirs.top().map_err(|_| Errno::NOENT)?;
-        let flags = if name.is_empty() { AtFlags::EMPTY_PATH } else { AtFlags::SYMLINK_NOFOLLOW };
-        let status = Status::from(rustix::fs::statx(directory, name, flags, StatxFlags::BASIC_STATS)?);
+        let expects_file = self.opens && self.groups.recorded().is_some_and(InventoryEntry::is_file);
+        // Why it cannot be opened is told by a look at it.
+        self.opened = if expects_file { open_quietly(directory, name, READING).ok() } else { None };
+        let status = match &self.opened {
+            Some(file) => rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?,
+            None if name.is_empty() => rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?,
+            None => rustix::fs::statx(directory, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)?,
+        };
+        let status = Status::from(status);
         let mut stat = status.stat;
         self.last_type = status.file_type;
         self.linked_kind = None;
@@ -346,7 +377,7 @@ impl Walk {
         }
         let (mode, uid, gid) = (status.mode, status.uid, status.gid);
         let mut entry = Entry { path, kind, mode, uid, gid, mtime: stat.mtime, xattrs, stat };
-        if let Some(record) = self.groups.recorded.as_ref().filter(|_| is_witnessed) {
+        if let Some(record) = self.groups.recorded().filter(|_| is_witnessed) {
             if witness::has_attributes_of(&entry, record) {
                 entry.xattrs.clone_from(&record.entry.xattrs);
             } else {
@@ -368,18 +399,8 @@ impl Iterator for Walk {
     type Item = Result<Entry>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let mut next = self.step();
-        if matches!(next, Ok(None)) {
-            self.groups.end();
-        }
-        if let (Ok(_), Some(error)) = (&next, self.groups.error.take()) {
-            next = Err(error);
-        }
-        if !matches!(next, Ok(Some(_))) {
-            self.position = Position::End;
-            self.names.clear();
-        }
-        next.transpose()
+        let next = self.step();
+        self.conclude(next).transpose()
     }
 }
 
@@ -426,135 +447,4 @@ impl Names {
         name.extend_from_slice(&self.bytes[start as usize..start as usize + usize::from(length)]);
         true
     }
-}
-
-/// Tells which paths are names of one inode, and goes through the inventory beside the walk.
-#[derive(Debug)]
-struct Groups {
-    links: Links,
-    /// By device and inode: the first path, and how many names are still to come.
-    open: HashMap<(u64, u64), (TreePath, u32)>,
-    /// The inventory's entry at or behind the walk's place.
-    ahead: Option<InventoryEntry>,
-    recorded: Option<InventoryEntry>,
-    /// The directory whose contents were left out last.
-    skipped: Option<TreePath>,
-    lacks_some: bool,
-    error: Option<Error>,
-}
-
-impl Groups {
-    fn new(links: Links) -> Self {
-        Self { links, open: HashMap::new(), ahead: None, recorded: None, skipped: None, lacks_some: false, error: None }
-    }
-
-    /// Returns the group's first path when this is a further name; sets `stat.nlink` to the names in the tree, where that is
-    /// known.
-    fn place(&mut self, path: &TreePath, kind: &EntryKind, stat: &mut Stat) -> Option<TreePath> {
-        self.seek(path);
-        match (&self.links, &self.recorded) {
-            (Links::Witnessed(witness), None) => {
-                let error = witness.tampered(path, "it was added");
-                self.error.get_or_insert(error);
-                None
-            }
-            (Links::Inventory(_) | Links::Witnessed(_), recorded) => {
-                let recorded = recorded.as_ref().filter(|_| *kind != EntryKind::Directory)?;
-                stat.nlink = recorded.entry.stat.nlink;
-                match &recorded.entry.kind {
-                    EntryKind::HardLink { to } => Some(to.clone()),
-                    _ => None,
-                }
-            }
-            _ if stat.nlink < 2 || *kind == EntryKind::Directory => None,
-            (Links::Linked(_, Some(further)), Some(recorded))
-                if has_one_name(recorded, stat) && !further.contains(path) =>
-            {
-                stat.nlink = 1;
-                None
-            }
-            _ => self.by_inode(path, stat),
-        }
-    }
-
-    fn by_inode(&mut self, path: &TreePath, stat: &Stat) -> Option<TreePath> {
-        let key = (stat.dev, stat.ino);
-        match self.open.get_mut(&key) {
-            Some((first, left)) => {
-                let first = first.clone();
-                *left -= 1;
-                if *left == 0 {
-                    self.open.remove(&key);
-                }
-                Some(first)
-            }
-            None => {
-                self.open.insert(key, (path.clone(), stat.nlink - 1));
-                None
-            }
-        }
-    }
-
-    /// Goes on in the inventory to the walk's place.
-    fn seek(&mut self, path: &TreePath) {
-        self.recorded = None;
-        while self.ahead.as_ref().is_none_or(|ahead| ahead.entry.path < *path) {
-            self.pass();
-            match self.links.inventory().and_then(Iterator::next) {
-                Some(Ok(next)) => self.ahead = Some(next),
-                Some(Err(error)) => {
-                    self.error.get_or_insert(error);
-                    return;
-                }
-                None => return,
-            }
-        }
-        self.recorded = self.ahead.take_if(|ahead| ahead.entry.path == *path);
-    }
-
-    /// Leaves an entry of the inventory that the walk did not come to.
-    fn pass(&mut self) {
-        let Some(passed) = self.ahead.take() else { return };
-        let path = &passed.entry.path;
-        if self.skipped.as_ref().is_some_and(|skipped| path.is_within(skipped)) {
-            return;
-        }
-        self.lacks_some = true;
-        if let Links::Witnessed(witness) = &self.links {
-            let error = witness.tampered(path, "it is missing");
-            self.error.get_or_insert(error);
-        }
-    }
-
-    /// Holds an entry against its record.
-    fn testify(&mut self, entry: &Entry) {
-        if let (Links::Witnessed(witness), Some(record)) = (&self.links, &self.recorded)
-            && let Some(what) = witness::difference(entry, &record.entry)
-        {
-            let error = witness.tampered(&entry.path, what);
-            self.error.get_or_insert(error);
-        }
-    }
-
-    /// Reads the rest of the inventory, where what it says beyond the tree matters.
-    fn end(&mut self) {
-        if !matches!(self.links, Links::Witnessed(_) | Links::Linked(..)) {
-            return;
-        }
-        self.pass();
-        while self.error.is_none() {
-            match self.links.inventory().and_then(Iterator::next) {
-                Some(Ok(next)) => self.ahead = Some(next),
-                Some(Err(error)) => self.error = Some(error),
-                None => return,
-            }
-            self.pass();
-        }
-    }
-}
-
-/// Tells whether an inode is still the one that an inventory knows, with one name.
-fn has_one_name(recorded: &InventoryEntry, stat: &Stat) -> bool {
-    let Entry { kind, stat: known, .. } = &recorded.entry;
-    known.nlink == 1 && known.ino == stat.ino && !matches!(kind, EntryKind::HardLink { .. } | EntryKind::Directory)
 }

@@ -129,7 +129,10 @@ impl DeltaWriter {
     /// Starts a delta from `base` (nothing where there is none) to `target`, going on at `resume`.
     pub fn new(base: Option<Side>, target: Side, compare: Compare, resume: Option<&ResumePoint>) -> Result<Self> {
         let shown = target.root.path().display().to_string();
-        Self::to(base, Box::new(walk(target)), shown, compare, resume)
+        let walk = walk(target);
+        // Without a base all files are sent.
+        let walk = if base.is_none() { walk.opening() } else { walk };
+        Self::to(base, Box::new(walk), shown, compare, resume)
     }
 
     /// Starts a delta to any tree; `shown` names it in messages.

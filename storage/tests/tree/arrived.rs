@@ -14,7 +14,9 @@ use bytes::Bytes;
 use flocker_storage::tree::{
     apply::{Applied, Sharing},
     arrivals::{Arrivals, Sight},
-    entry::{Entry, EntryKind},
+    entry::EntryKind,
+    inventory::{InventoryEntry, InventoryReader, InventoryWriter},
+    received::{Met, ReceivedWalk},
     root::Root,
     walk::{Attributes, Links, Motion, Walk},
 };
@@ -54,20 +56,32 @@ fn take(stream: &[u8], dest: &Path, folder: &Path) -> flocker_storage::error::Re
     applier.finish()
 }
 
-/// Goes through a tree; `facts` are put into each entry, as the commit of a receive does.
-fn entries(mut walk: Walk) -> Vec<(Entry, Option<[u8; 32]>)> {
-    let mut entries = Vec::new();
-    while let Some(entry) = walk.next() {
-        let mut entry = entry.unwrap();
-        let facts = walk.take_facts();
+/// Makes a tree's inventory of what was taken down and what lies there, as the commit of a receive does, and reads it.
+fn known(dest: &Path, applied: Applied, folder: &Path) -> Vec<InventoryEntry> {
+    let walk = Walk::with(Root::open(dest).unwrap(), Links::ByInode, Motion::Still, Attributes::OnDemand);
+    let mut received = ReceivedWalk::new(walk, applied.arrivals.unwrap().into_known().unwrap());
+    let inventory = folder.join("inventory");
+    let mut writer = InventoryWriter::create(&inventory).unwrap();
+    let mut as_arrived = 0;
+    while let Some(met) = received.meet().unwrap() {
+        let (mut entry, facts) = match met {
+            Met::AsItArrived { .. } => {
+                received.note(&mut writer).unwrap();
+                as_arrived += 1;
+                continue;
+            }
+            Met::Entry(entry, facts) => (entry, facts),
+        };
         let digest = facts.as_ref().and_then(|facts| facts.digest);
         match facts.and_then(|facts| facts.xattrs) {
             Some(xattrs) => entry.xattrs = xattrs,
-            None => walk.load_attributes(&mut entry).unwrap(),
+            None => received.walk.load_attributes(&mut entry).unwrap(),
         }
-        entries.push((entry, digest));
+        writer.add(InventoryEntry { entry, origin: None, digest }).unwrap();
     }
-    entries
+    writer.finish().unwrap();
+    assert!(as_arrived >= FILES * 9 / 10, "{as_arrived} were not looked at");
+    InventoryReader::open(&inventory).unwrap().map(Result::unwrap).collect()
 }
 
 fn read(file: OwnedFd) -> Vec<u8> {
@@ -85,12 +99,12 @@ fn what_was_taken_down_is_what_lies_there() {
     let applied = take(&delta(None, &source), &dest, folder.path()).unwrap();
     assert_equal(&source, &dest);
 
-    let walk = || Walk::with(Root::open(&dest).unwrap(), Links::ByInode, Motion::Still, Attributes::OnDemand);
-    let seen = entries(walk());
-    let known = entries(walk().knowing(applied.arrivals.unwrap().into_known().unwrap()));
+    let walk = Walk::new(Root::open(&dest).unwrap(), Links::ByInode);
+    let seen: Vec<_> = walk.map(Result::unwrap).collect();
+    let known = known(&dest, applied, folder.path());
     assert_eq!(known.len(), seen.len());
     let (root, mut digests) = (Root::open(&dest).unwrap(), 0);
-    for ((known, digest), (seen, _)) in known.iter().zip(&seen) {
+    for (InventoryEntry { entry: known, digest, .. }, seen) in known.iter().zip(&seen) {
         assert_eq!(known, seen);
         if let Some(digest) = digest {
             let EntryKind::File { .. } = seen.kind else { panic!("{}: a digest", seen.path) };

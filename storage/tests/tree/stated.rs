@@ -14,6 +14,7 @@ use flocker_storage::{
         apply::{Applied, Sharing},
         arrivals::{Arrivals, Sight},
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
+        received::{Met, ReceivedWalk},
         root::Root,
         walk::{Links, Walk},
         write::{DeltaWriter, Side},
@@ -141,9 +142,19 @@ fn a_file_of_several_records_without_holes_has_its_digest_stated() {
 #[track_caller]
 fn assert_knows_digest(sample: &Sample, applied: Applied) {
     let known = applied.arrivals.unwrap().into_known().unwrap();
-    let mut walk = Walk::new(Root::open(sample.dest()).unwrap(), Links::ByInode).knowing(known);
-    walk.find(|entry| entry.as_ref().unwrap().path.as_path() == Path::new("large")).unwrap().unwrap();
-    assert_eq!(walk.take_facts().unwrap().digest, Some(sample.digest("large")));
+    let walk = Walk::new(Root::open(sample.dest()).unwrap(), Links::ByInode);
+    let mut received = ReceivedWalk::new(walk, known);
+    let inventory = sample.folder.path().join("known");
+    let mut writer = InventoryWriter::create(&inventory).unwrap();
+    while let Some(met) = received.meet().unwrap() {
+        if matches!(met, Met::AsItArrived { .. }) {
+            received.note(&mut writer).unwrap();
+        }
+    }
+    writer.finish().unwrap();
+    let mut entries = InventoryReader::open(&inventory).unwrap().map(Result::unwrap);
+    let large = entries.find(|known| known.entry.path.as_path() == Path::new("large")).unwrap();
+    assert_eq!(large.digest, Some(sample.digest("large")));
 }
 
 #[test]

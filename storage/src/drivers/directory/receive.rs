@@ -45,6 +45,7 @@ use crate::{
         copy::Copier,
         entry::{Entry, EntryKind},
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
+        received::{Met, ReceivedWalk},
         root::Root,
         walk::{Attributes, Links, Motion, Walk},
     },
@@ -330,10 +331,20 @@ fn write_inventory(dir: &Path, base: Option<InventoryReader>, arrivals: Arrivals
         None => Links::ByInode,
     };
     let tree = Root::open(dir.join("tree"))?;
-    let mut walk = Walk::with(tree, links, Motion::Still, Attributes::OnDemand).knowing(arrived);
+    let mut received = ReceivedWalk::new(Walk::with(tree, links, Motion::Still, Attributes::OnDemand), arrived);
     let mut writer = InventoryWriter::create(&dir.join("inventory"))?;
-    while let Some(mut entry) = walk.next().transpose()? {
-        let facts = walk.take_facts();
+    while let Some(met) = received.meet()? {
+        let (mut entry, facts) = match met {
+            Met::Entry(entry, facts) => (entry, facts),
+            Met::AsItArrived { size } => {
+                received.note(&mut writer)?;
+                bytes += size;
+                // It was written, so it has an inode that the base has not.
+                changed = true;
+                continue;
+            }
+        };
+        let walk = &mut received.walk;
         let is_kept =
             |record: &&InventoryEntry| entry.kind != EntryKind::Directory && entry.stat.ino == record.entry.stat.ino;
         let kept = walk.recorded().filter(is_kept).map(|record| (record.entry.xattrs.clone(), record.digest));
@@ -355,15 +366,14 @@ fn write_inventory(dir: &Path, base: Option<InventoryReader>, arrivals: Arrivals
             }
             None => {
                 changed = true;
-                item.digest =
-                    item.digest.map_or_else(|| read_again(&mut walk, &item.entry), |digest| Ok(Some(digest)))?;
+                item.digest = item.digest.map_or_else(|| read_again(walk, &item.entry), |digest| Ok(Some(digest)))?;
             }
         }
         bytes += logical_bytes(&item.entry.kind);
         writer.add(item)?;
     }
     writer.finish()?;
-    Ok((bytes, changed || walk.lacks_some()))
+    Ok((bytes, changed || received.walk.lacks_some()))
 }
 
 /// Hashes a file that came before a break, unless it has holes: then it may be huge.
