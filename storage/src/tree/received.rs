@@ -21,6 +21,7 @@ pub struct ReceivedWalk {
 
 /// What is at the next name.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "each is dealt with at once, and none is kept")]
 pub enum Met {
     /// A file of which all is known: [`ReceivedWalk::note`] puts it in an inventory.
     AsItArrived {
