@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod support;
+#[path = "directory/tampering.rs"]
+mod tampering;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
     os::unix::{
-        fs::{FileExt, MetadataExt, PermissionsExt},
+        fs::{FileExt, MetadataExt},
         net::UnixListener,
     },
     path::{Path, PathBuf},
@@ -25,6 +27,7 @@ use flocker_storage::{
     model::{HeadState, HeldSnapshot, Host, HostId, Role, Snapshot, SnapshotId, VolumeId, VolumeRecord},
 };
 use support::LoopMount;
+use tampering::{rot, set_attribute};
 
 fn record(name: &str) -> VolumeRecord {
     VolumeRecord {
@@ -190,113 +193,6 @@ async fn a_head_shares_no_inode_with_a_snapshot() {
         let head = driver.attach(Target::Head(volume), Access::ReadWrite).await.unwrap();
         assert_ne!(fs::metadata(head.join("a")).unwrap().ino(), kept);
         assert_eq!(fs::metadata(head.join("a")).unwrap().nlink(), 1);
-    }
-}
-
-/// A way to change a snapshot's tree behind the node's back.
-type Tampering = fn(&Path) -> io::Result<()>;
-
-#[tokio::test]
-async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
-    let ways: [(&str, &str, Tampering); 13] = [
-        ("a", "extended attributes", |tree| set_attribute(&tree.join("a"))),
-        ("sub", "extended attributes", |tree| set_attribute(&tree.join("sub"))),
-        ("a", "size", |tree| fs::write(tree.join("a"), "longer than before")),
-        ("a", "modification time", |tree| fs::write(tree.join("a"), "A")),
-        ("a", "mode", |tree| fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o777))),
-        ("a", "missing", |tree| fs::remove_file(tree.join("a"))),
-        ("extra", "added", |tree| fs::write(tree.join("extra"), "")),
-        ("a", "another inode", |tree| {
-            let time = fs::metadata(tree.join("a"))?.modified()?;
-            fs::remove_file(tree.join("a"))?;
-            // Something takes the freed inode's number first.
-            fs::write(tree.parent().unwrap_or(tree).join("other"), "")?;
-            fs::write(tree.join("a"), "1")?;
-            fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o640))?;
-            fs::File::options().write(true).open(tree.join("a"))?.set_modified(time)?;
-            restore_time(tree)
-        }),
-        ("a", "changed from", |tree| {
-            fs::remove_file(tree.join("a"))?;
-            std::os::unix::fs::symlink("../../../volume.json", tree.join("a"))
-        }),
-        ("a", "changed from", |tree| {
-            fs::remove_file(tree.join("a"))?;
-            let kind = rustix::fs::FileType::Fifo;
-            Ok(rustix::fs::mknodat(rustix::fs::CWD, tree.join("a"), kind, rustix::fs::Mode::RUSR, 0)?)
-        }),
-        ("a", "changed from", |tree| {
-            fs::remove_file(tree.join("a"))?;
-            fs::create_dir(tree.join("a"))
-        }),
-        ("link", "target", |tree| {
-            fs::remove_file(tree.join("link"))?;
-            std::os::unix::fs::symlink("elsewhere", tree.join("link"))
-        }),
-        ("sub", "changed from", |tree| {
-            fs::remove_dir(tree.join("sub"))?;
-            fs::write(tree.join("sub"), "")
-        }),
-    ];
-    for (path, words, tamper) in ways {
-        let place = tempfile::tempdir().unwrap();
-        let (driver, volume, head) = volume_in(place.path()).await;
-        fs::write(head.join("a"), "1").unwrap();
-        fs::set_permissions(head.join("a"), fs::Permissions::from_mode(0o640)).unwrap();
-        fs::create_dir(head.join("sub")).unwrap();
-        std::os::unix::fs::symlink("target", head.join("link")).unwrap();
-        let one = take(&*driver, volume.id).await;
-        fs::write(head.join("new"), "2").unwrap();
-        let two = take(&*driver, volume.id).await;
-        tamper(&tree(place.path(), &two)).unwrap();
-        let findings = driver.verify(two.key(), Compare::Metadata).await.unwrap();
-        let found = findings.iter().any(|finding| finding.path == path && finding.what.contains(words));
-        assert!(found, "{path} {words}: {findings:?}");
-        let is_noticed = |error: Error| assert!(matches!(error.kind, ErrorKind::Tampered { .. }), "{:?}", error.kind);
-        is_noticed(delta_bytes(&*driver, &one, &two).await.unwrap_err());
-        is_noticed(delta_bytes(&*driver, None, &two).await.unwrap_err());
-        let target = Target::Snapshot(two.volume, two.snapshot.id);
-        is_noticed(driver.attach(target, Access::ReadOnly).await.unwrap_err());
-        let clone = VolumeRecord { origin: Some(two.key()), ..record("clone") };
-        is_noticed((*driver).clone_from(&clone).await.unwrap_err());
-        let three = take(&*driver, volume.id).await;
-        assert_eq!(fs::read_to_string(tree(place.path(), &three).join("a")).unwrap(), "1", "{path} {words}");
-        assert_eq!(rustix::fs::getxattr(tree(place.path(), &three).join(path), "user.x", &mut [0; 8]).ok(), None);
-        assert!(!tree(place.path(), &three).join("extra").exists());
-    }
-}
-
-fn set_attribute(path: &Path) -> io::Result<()> {
-    Ok(rustix::fs::setxattr(path, "user.x", b"y", rustix::fs::XattrFlags::empty())?)
-}
-
-/// Puts back the time of a directory, which the test's own changes moved.
-fn restore_time(tree: &Path) -> io::Result<()> {
-    fs::File::open(tree)?.set_modified(fs::metadata(tree.join("sub"))?.modified()?)
-}
-
-/// Changes bytes of a file so that no stat shows it but the ctime, as a failing disk or a patient hand does.
-fn rot(file: &Path) {
-    let modified = fs::metadata(file).unwrap().modified().unwrap();
-    let opened = fs::File::options().write(true).open(file).unwrap();
-    opened.write_all_at(b"x", 3).unwrap();
-    opened.set_modified(modified).unwrap();
-}
-
-#[tokio::test]
-async fn contents_that_rot_with_all_metadata_intact_are_found_by_reading_at_both_ends() {
-    let (place, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (sender, volume, head) = volume_in(place.path()).await;
-    fs::write(head.join("page"), vec![7; 300_000]).unwrap();
-    let taken = take(&*sender, volume.id).await;
-    let (receiver, _, _) = volume_in(other.path()).await;
-    let received = arriving(&*sender, &*receiver, &volume, None, &taken).await.commit().await.unwrap();
-    for (driver, pool, held) in [(&sender, place.path(), &taken), (&receiver, other.path(), &received)] {
-        assert_eq!(driver.verify(held.key(), Compare::Contents).await.unwrap(), []);
-        rot(&tree(pool, held).join("page"));
-        assert_eq!(driver.verify(held.key(), Compare::Metadata).await.unwrap(), []);
-        let found = driver.verify(held.key(), Compare::Contents).await.unwrap();
-        assert_eq!((found.len(), found[0].path.as_str()), (1, "page"), "{found:?}");
     }
 }
 
