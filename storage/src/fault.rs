@@ -1,8 +1,8 @@
 //! Fault points: places where a test makes the process die, compiled in for tests only.
 //!
 //! With the feature `fault-points`, `FLOCKER_FAULT=NAME` kills the process with SIGKILL when it passes the point of that
-//! name, `FLOCKER_FAULT=NAME:N` at the Nth pass. With the feature `simulation`, a simulation decides. Without them the calls
-//! are empty.
+//! name, `FLOCKER_FAULT=NAME:N` at the Nth pass, `FLOCKER_FAULT=NAME,NAME` at the first of several; its last words name the
+//! point. With the feature `simulation`, a simulation decides. Without them the calls are empty.
 
 /// Dies here when a test asks for it.
 #[inline]
@@ -29,11 +29,11 @@ fn die_by_environment(name: &str) {
     use std::sync::atomic::{AtomicU32, Ordering};
     static PASSES: AtomicU32 = AtomicU32::new(0);
     let Ok(wanted) = std::env::var("FLOCKER_FAULT") else { return };
-    let (wanted, at) = match wanted.split_once(':') {
-        Some((wanted, at)) => (wanted.to_owned(), at.parse().unwrap_or(1)),
-        None => (wanted, 1),
+    let is_due = |wanted: &str| match wanted.split_once(':') {
+        Some((wanted, at)) => wanted == name && at.parse() == Ok(PASSES.fetch_add(1, Ordering::SeqCst) + 1),
+        None => wanted == name,
     };
-    if wanted == name && PASSES.fetch_add(1, Ordering::SeqCst) + 1 == at {
+    if wanted.split(',').any(is_due) {
         eprintln!("fault point {name}: killing this process");
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         std::thread::park();

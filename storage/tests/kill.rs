@@ -201,7 +201,7 @@ async fn receive(place: &Path, pool: &dyn Driver, base: Option<SnapshotKey>, sna
 }
 
 /// What can be seen of a pool, times apart.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Seen {
     volumes: Vec<(VolumeRecord, Vec<HeldSnapshot>)>,
     heads: BTreeMap<VolumeId, (HeadState, Tree)>,
@@ -315,13 +315,15 @@ enum Ground<'a> {
 enum Place {
     Folder(tempfile::TempDir),
     Dataset(Arc<ZfsHost>, PathBuf),
+    /// In a pool that is put back before it is used again.
+    Kept(PathBuf),
 }
 
 impl Place {
     fn path(&self) -> &Path {
         match self {
             Self::Folder(folder) => folder.path(),
-            Self::Dataset(_, dataset) => dataset,
+            Self::Dataset(_, dataset) | Self::Kept(dataset) => dataset,
         }
     }
 }
@@ -348,6 +350,30 @@ async fn built(point: &str, ground: Ground<'_>) -> Place {
     };
     build(place.path(), point).await;
     place
+}
+
+/// The same, and what is seen of it. A pool of zfs-fuse, of which each step is a program, is built once and then put back: that keeps
+/// the numbers of inodes, too.
+async fn seen_and_built(point: &str, ground: Ground<'_>, kept: &mut Option<(PathBuf, Seen)>) -> (Place, Seen) {
+    match (ground, &*kept) {
+        (Ground::Zfs(host), Some((dataset, seen))) => {
+            host.put_back();
+            (Place::Kept(dataset.clone()), seen.clone())
+        }
+        (Ground::Zfs(host), None) if host.is_fuse() => {
+            assert!(!takes_bulk(point), "one state for all points");
+            let place = built(point, ground).await;
+            let seen = see(place.path()).await;
+            host.keep();
+            *kept = Some((place.path().to_owned(), seen.clone()));
+            (place, seen)
+        }
+        _ => {
+            let place = built(point, ground).await;
+            let seen = see(place.path()).await;
+            (place, seen)
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -392,10 +418,11 @@ async fn after_a_kill_at_any_fault_point_a_zfs_pool_is_in_the_old_or_the_new_sta
 
 async fn die_at_each(points: &'static [&'static str], ground: Ground<'_>) {
     let mut news: BTreeMap<&str, (Seen, Vec<PathBuf>)> = BTreeMap::new();
+    let mut kept = None;
     for point in points {
         let verb = if point.ends_with(".checkpoint") { point } else { point.split('.').nth(1).unwrap() };
         if !news.contains_key(verb) {
-            let place = built(point, ground).await;
+            let (place, _) = seen_and_built(point, ground, &mut kept).await;
             act(place.path(), point).await;
             let seen = see(place.path()).await;
             news.insert(verb, (seen, space(place.path()).await));
@@ -403,8 +430,7 @@ async fn die_at_each(points: &'static [&'static str], ground: Ground<'_>) {
         let (new, new_space) = &news[verb];
         let mut passes = 0;
         for pass in 1.. {
-            let place = built(point, ground).await;
-            let old = see(place.path()).await;
+            let (place, old) = seen_and_built(point, ground, &mut kept).await;
             if !kill_at(place.path(), point, pass) {
                 break;
             }

@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, UdpSocket},
     os::unix::fs::{OpenOptionsExt, chown},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{
         Arc,
         atomic::{AtomicU16, Ordering},
@@ -53,7 +53,7 @@ pub struct Node {
     pub log: PathBuf,
     /// Where it listens for peers, over all starts.
     pub listen: SocketAddr,
-    /// The name of the fault point its next start has.
+    /// The fault point that its next starts have, or several, between commas.
     pub fault: Option<String>,
     /// How much its next start logs, as in `FLOCKER_LOG`; the usual when left out.
     pub log_filter: Option<String>,
@@ -143,6 +143,14 @@ impl Node {
     /// Starts the daemon and waits until it is ready.
     #[track_caller]
     pub fn start(&mut self) {
+        if let Some(status) = self.start_or_die() {
+            panic!("the daemon of {} ended with {status} instead of getting ready:\n{}", self.name, self.log_tail());
+        }
+    }
+
+    /// The same, unless the daemon ends before: then how it did.
+    #[track_caller]
+    pub fn start_or_die(&mut self) -> Option<ExitStatus> {
         self.spawn();
         let mut ended = None;
         wait_until(&format!("{} is ready", self.name), SHORT, || {
@@ -154,10 +162,10 @@ impl Node {
             let socket = self.socket();
             http::try_request(&socket, "GET", "/readyz", None).filter(|answer| answer.status == 200).map(|_| ())
         });
-        if let Some(status) = ended {
+        if ended.is_some() {
             self.daemon = None;
-            panic!("the daemon of {} ended with {status} instead of getting ready:\n{}", self.name, self.log_tail());
         }
+        ended
     }
 
     /// Starts the daemon and returns at once.

@@ -161,6 +161,31 @@ impl ZfsHost {
         ZfsPlace { dataset, host: Arc::clone(self) }
     }
 
+    /// Keeps the whole pool as it is now, for [`put_back`](Self::put_back). Only on zfs-fuse, where it is this test's alone.
+    pub fn keep(&self) {
+        assert!(self.is_fuse(), "another's pool");
+        self.eventually("zpool", &["export", "-f", self.pool()]);
+        must(Command::new("cp").arg("--sparse=always").args([self.folder.join("image"), self.folder.join("kept")]));
+        self.import();
+    }
+
+    /// Makes the pool what it was when it was kept.
+    pub fn put_back(&self) {
+        self.eventually("zpool", &["destroy", "-f", self.pool()]);
+        must(Command::new("cp").arg("--sparse=always").args([self.folder.join("kept"), self.folder.join("image")]));
+        self.import();
+    }
+
+    fn import(&self) {
+        // Of the folder's files only the image may be found.
+        let found = self.folder.join("found");
+        if !found.exists() {
+            fs::create_dir(&found).unwrap();
+            std::os::unix::fs::symlink("../image", found.join("image")).unwrap();
+        }
+        self.zpool(&["import", "-d", found.to_str().unwrap(), self.pool()]);
+    }
+
     /// Destroys a dataset with all below it.
     pub fn destroy(&self, dataset: &str) {
         // zfs-fuse lets go of a mount a moment after it says so, and stops half-way.
