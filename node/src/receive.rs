@@ -73,13 +73,12 @@ fn records(node: &Node) -> Vec<VolumeRecord> {
 
 /// The receiver's story on a stream where an offer has come.
 pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: Receipt) -> Result<Concluded, Failure> {
-    let (mut bound, mut taken) = answer(node, &receipt).await?;
+    let Bound { answer: mut bound, mut taken, mut here } = bind(node, &receipt).await?;
     let mut inbound = Inbound::new(&receipt.offer, &bound);
     line.send(&Message::Answer(Box::new(bound.clone()))).await?;
     let mut claim: Option<Claim> = None;
     let mut resolving: Option<Resolving> = None;
     let mut last = None;
-    let mut here = Here::default();
     loop {
         let lands_in = bound.lands_in;
         match line.recv_behind_remarks(receipt.job.as_ref(), COMMIT_TIMEOUT).await? {
@@ -108,11 +107,10 @@ pub(crate) async fn receive(node: &Arc<Node>, line: &mut Line<'_>, mut receipt: 
                 if begun.at_once {
                     return resolved(node, line, &receipt, begun, lands_in, None).await;
                 }
-                let (beside, name_taken) = place_beside(node, &mut receipt, &mut begun, &bound.lineage).await?;
-                taken = name_taken;
-                inbound = Inbound::new(&receipt.offer, &beside);
-                line.send(&Message::Answer(Box::new(beside.clone()))).await?;
-                bound = beside;
+                let beside = place_beside(node, &mut receipt, &mut begun, &bound.lineage).await?;
+                Bound { answer: bound, taken, here } = beside;
+                inbound = Inbound::new(&receipt.offer, &bound);
+                line.send(&Message::Answer(Box::new(bound.clone()))).await?;
                 resolving = Some(begun);
             }
             Message::Expected(bytes) if receipt.offer.mode == Mode::DryRun => {
@@ -150,17 +148,18 @@ async fn place_beside(
     receipt: &mut Receipt,
     resolving: &mut Resolving,
     bound: &Lineage,
-) -> Result<(Answer, bool), Failure> {
+) -> Result<Bound, Failure> {
     let mut names = further_names(&resolving.beside);
     loop {
         receipt.offer.name = resolving.beside.clone();
-        let (mut beside, taken) = answer(node, receipt).await?;
-        resolving.narrow(bound, &mut beside);
-        let relation = divergence::compare(&Sender::from(&receipt.offer), &Receiver::from(&beside), receipt.offer.want);
+        let mut beside = bind(node, receipt).await?;
+        resolving.narrow(bound, &mut beside.answer);
+        let receiver = Receiver::from(&beside.answer);
+        let relation = divergence::compare(&Sender::from(&receipt.offer), &receiver, receipt.offer.want);
         let fits = matches!(relation, Ok(Relation::UpToDate | Relation::FastForward { .. } | Relation::Behind { .. }));
         match names.next() {
             Some(next) if !fits => resolving.beside = next,
-            _ => return Ok((beside, taken)),
+            _ => return Ok(beside),
         }
     }
 }
@@ -179,29 +178,41 @@ async fn resolved(
     Ok(Concluded::resolved(arrived.unwrap_or(resolving.found), resolution))
 }
 
-/// Says what this node holds of what is offered; and whether the name belongs to an unrelated volume.
-async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failure> {
+/// Where here what is offered belongs.
+struct Bound {
+    /// What this node says that it holds of it.
+    answer: Answer,
+    /// The name belongs to an unrelated volume.
+    taken: bool,
+    here: Here,
+}
+
+/// Finds where what is offered belongs, and what this node holds of it.
+async fn bind(node: &Node, receipt: &Receipt) -> Result<Bound, Failure> {
     let offer = &receipt.offer;
     let held = records(node);
     let binding = binding::bind(&offer.volume, &offer.name, &held);
     let lands_in = binding.lands_in();
     let volume = binding.volume().cloned();
-    let (lineage, head) = match &volume {
+    let mut here = Here::default();
+    let head = match &volume {
         Some(record) => {
-            (node.driver.lineage(record.id).await.map_err(ApiProblem::from)?, node.look_at_head(record.id).await?)
+            here.read(node, record.id).await?;
+            node.look_at_head(record.id).await?
         }
-        None => (Lineage::default(), HeadState::Clean),
+        None => HeadState::Clean,
     };
+    let lineage = &here.lineage;
     let offered: BTreeSet<SnapshotId> = offer.lineage.snapshots.iter().map(|held| held.snapshot.id).collect();
     let memory = match &volume {
-        Some(record) => node.memory_of(record.id, &lineage).await?,
+        Some(record) => node.memory_of(record.id, lineage).await?,
         None => Memory::new(),
     };
     let mut answer = Answer {
         pieces: Vec::new(),
-        forgotten: ancestry::answered(&lineage, &memory, offer),
+        forgotten: ancestry::answered(lineage, &memory, offer),
         mounted: volume.as_ref().and_then(|record| node.mounts.of(record.id)).map(|row| row.path),
-        lineage: strip(&lineage),
+        lineage: strip(lineage),
         head,
         elsewhere: node.catalog.elsewhere(&offered, lands_in),
         formats: match &receipt.job {
@@ -218,7 +229,7 @@ async fn answer(node: &Node, receipt: &Receipt) -> Result<(Answer, bool), Failur
         volume,
     };
     answer.pack(&offer.lineage);
-    Ok((answer, matches!(binding, Binding::Taken(..))))
+    Ok(Bound { answer, taken: matches!(binding, Binding::Taken(..)), here })
 }
 
 /// The lineage of the volume that is received into, read once and then kept up with what lands.
@@ -232,12 +243,16 @@ struct Here {
 impl Here {
     /// Returns the lineage as it is now, reading it only where something else than what landed has changed it.
     async fn lineage(&mut self, node: &Node, volume: VolumeId) -> Result<&Lineage, Failure> {
-        let extent = node.catalog.extent(volume);
-        if extent.is_none() || extent != self.extent {
-            self.lineage = node.lineage_or_none(volume).await?;
-            self.extent = extent;
+        if self.extent.is_none() || node.catalog.extent(volume) != self.extent {
+            self.read(node, volume).await?;
         }
         Ok(&self.lineage)
+    }
+
+    async fn read(&mut self, node: &Node, volume: VolumeId) -> Result<(), Failure> {
+        self.extent = node.catalog.extent(volume);
+        self.lineage = node.lineage_or_none(volume).await?;
+        Ok(())
     }
 
     /// Takes in what landed. In a volume that it made, the lineage is read anew: it goes on into the origin.

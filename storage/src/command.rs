@@ -8,12 +8,15 @@ use std::{
     fmt,
     fs::File,
     io::{self, Read},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::process::CommandExt as _},
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+use rustix::fs::Access;
 
 use crate::error::ErrorKind;
 
@@ -28,6 +31,13 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// Where programs are looked for; the node's own environment does not decide it.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Finds a program, so that it is started from its path: where the child would have to look for it, the standard library copies
+/// this process for that (fork), which takes the longer the larger it is.
+fn find(program: &str) -> PathBuf {
+    let mut places = PATH.split(':').map(|folder| Path::new(folder).join(program));
+    places.find(|place| rustix::fs::access(place, Access::EXEC_OK).is_ok()).unwrap_or_else(|| program.into())
+}
 
 /// A program that could not be started or did not succeed.
 #[derive(Debug)]
@@ -183,7 +193,8 @@ impl Running {
         tracing::debug!(command, "starts a program");
         let failed =
             |error: io::Error| CommandError { command: command.clone(), why: Why::Io(error), stdout: Vec::new() };
-        let mut child = Command::new(program)
+        let mut child = Command::new(find(program))
+            .arg0(program)
             .args(&words)
             .env_clear()
             .env("LC_ALL", "C")

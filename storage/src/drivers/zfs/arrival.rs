@@ -11,7 +11,7 @@ use super::{
     journal::{Note, ReceiveNote, receive_key},
     pool::Pool,
     program::Trouble,
-    receive::{Destination, GOODBYE, OPERATION, Task},
+    receive::{Destination, GOODBYE, OPERATION, Task, arrived},
     stream::{Begin, Reader},
 };
 use crate::{
@@ -150,7 +150,15 @@ impl Arrival {
         let Some(base) = task.request.base else {
             return if begin.from_guid == 0 { Ok(()) } else { corrupt("the stream builds on a snapshot") };
         };
-        if self.pool.guid_of(OPERATION, base)? != begin.from_guid {
+        let known = match &task.destination {
+            Destination::Volume(volume) if volume.id() == base.volume => volume.guid_of(base.snapshot),
+            _ => None,
+        };
+        let guid = match known {
+            Some(guid) => guid,
+            None => self.pool.guid_of(OPERATION, base)?,
+        };
+        if guid != begin.from_guid {
             return unfit("the base came here in another format, and is another snapshot to it");
         }
         match &task.destination {
@@ -232,8 +240,7 @@ impl Arrival {
                 }
                 self.settle_unchanged(task, &name, announced, &mut stored)?;
                 let publishing = self.pool.publishing();
-                let found = self.pool.look(&name, PROPERTIES).map_err(|trouble| task.trouble(trouble))?;
-                self.pool.write_record(OPERATION, "snapshot", &found, &stored)?;
+                self.pool.write_record(OPERATION, "snapshot", &arrived(&volume.found.name, task), &stored)?;
                 fault::point("zfs.receive.published");
                 drop(publishing);
                 self.pool.unnote(OPERATION, &receive_key(volume.id()))?;

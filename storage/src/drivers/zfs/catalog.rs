@@ -186,8 +186,21 @@ impl Pool {
 
     /// Reads a snapshot of a volume that is there.
     pub(super) fn stored(&self, operation: &'static str, key: SnapshotKey) -> Result<StoredSnapshot> {
-        let volume = self.volume(operation, key.volume)?;
-        volume.find(key.snapshot).cloned().ok_or_else(|| missing(operation, key.snapshot))
+        self.find(operation, key, None)
+    }
+
+    /// The same where one volume was read already.
+    pub(super) fn find(
+        &self,
+        operation: &'static str,
+        key: SnapshotKey,
+        read: Option<&Volume>,
+    ) -> Result<StoredSnapshot> {
+        let found = match read.filter(|volume| volume.id() == key.volume) {
+            Some(volume) => volume.find(key.snapshot).cloned(),
+            None => self.volume(operation, key.volume)?.find(key.snapshot).cloned(),
+        };
+        found.ok_or_else(|| missing(operation, key.snapshot))
     }
 
     pub(super) fn scan(&self) -> Result<Scan> {

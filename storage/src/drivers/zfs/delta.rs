@@ -90,12 +90,8 @@ struct Held {
 
 impl Held {
     fn new(pool: &Arc<Pool>, names: Vec<String>) -> std::result::Result<Self, Trouble> {
-        let mut held = Self { pool: Arc::clone(pool), names: Vec::new() };
-        for name in names {
-            pool.pin(std::slice::from_ref(&name))?;
-            held.names.push(name);
-        }
-        Ok(held)
+        pool.pin(&names)?;
+        Ok(Self { pool: Arc::clone(pool), names })
     }
 }
 
@@ -140,7 +136,7 @@ impl Pool {
         let volume = self.volume(OPERATION, request.target.volume)?;
         let target = volume.find(request.target.snapshot).ok_or_else(|| missing(OPERATION, request.target.snapshot))?;
         if let Some(base) = request.base {
-            self.stored(OPERATION, base)?;
+            self.find(OPERATION, base, Some(&volume))?;
         }
         let names = request.base.into_iter().chain([request.target]).map(|key| self.snapshot_name(key)).collect();
         let held = Held::new(self, names).map_err(|it| it.into_error(OPERATION, request.target.snapshot))?;

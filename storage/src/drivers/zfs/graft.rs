@@ -9,7 +9,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 use super::{
     catalog::{StoredSnapshot, Volume},
     pool::Pool,
-    program::Trouble,
+    program::{Class, Trouble},
     receive::{Destination, OPERATION, Task},
     snapshot::{count, sync},
     view::View,
@@ -40,11 +40,14 @@ struct Stage {
     pool: Arc<Pool>,
     dataset: String,
     path: PathBuf,
+    is_published: bool,
 }
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        self.pool.delete(&self.dataset);
+        if !self.is_published {
+            self.pool.delete(&self.dataset);
+        }
     }
 }
 
@@ -52,13 +55,11 @@ impl Graft {
     pub(super) fn open(task: &Task) -> Result<Self> {
         let pool = &task.pool;
         let dataset = task.incoming();
-        // What an earlier attempt left, where it could not be destroyed then.
-        pool.delete(&dataset);
         let from = match &task.destination {
             Destination::New => task.request.base,
             Destination::Volume(volume) => Some(top_of(task, volume)?),
         };
-        let made = match from {
+        let make = || match from {
             Some(from) => {
                 let words = ["clone", "-o", "canmount=noauto", "-o", "readonly=off"];
                 let name = pool.snapshot_name(from);
@@ -66,9 +67,17 @@ impl Graft {
             }
             None => pool.programs.zfs(&["create", "-o", "canmount=noauto", "-o", "readonly=off", &dataset]),
         };
+        let made = match make() {
+            // What an earlier attempt left, where it could not be destroyed then.
+            Err(trouble) if trouble.class == Class::Exists => {
+                pool.delete(&dataset);
+                make()
+            }
+            made => made,
+        };
         made.map_err(|trouble: Trouble| task.trouble(trouble))?;
         let path = pool.mount_point(&dataset);
-        let stage = Stage { pool: Arc::clone(pool), dataset, path };
+        let stage = Stage { pool: Arc::clone(pool), dataset, path, is_published: false };
         pool.mount(&stage.dataset).map_err(|trouble| task.trouble(trouble))?;
         let base = match task.request.base {
             Some(base) => Some(pool.view(OPERATION, base)?),
@@ -130,6 +139,7 @@ impl Graft {
             Destination::New => pool.publish_new(task, &stored)?,
             Destination::Volume(volume) => pool.publish_in_place(task, volume, &stored)?,
         }
+        self.stage.is_published = true;
         Ok(stored)
     }
 }

@@ -270,13 +270,18 @@ impl Pool {
         }
     }
 
-    /// Keeps snapshots from being destroyed by somebody else while they are read.
+    /// Keeps snapshots from being destroyed by somebody else while they are read: all of them, or none.
     pub(super) fn pin(&self, names: &[String]) -> std::result::Result<(), Trouble> {
         let mut pins = locked(&self.pins);
+        let new: Vec<&str> = names.iter().map(String::as_str).filter(|name| !pins.contains_key(*name)).collect();
+        if !new.is_empty()
+            && let Err(trouble) = self.programs.zfs(&[&["hold", HOLD], &new[..]].concat())
+        {
+            // zfs-fuse holds one after the other.
+            self.release(&new);
+            return Err(trouble);
+        }
         for name in names {
-            if !pins.contains_key(name) {
-                self.programs.zfs(&["hold", HOLD, name])?;
-            }
             *pins.entry(name.clone()).or_default() += 1;
         }
         Ok(())
@@ -285,21 +290,27 @@ impl Pool {
     /// Lets go of them.
     pub(super) fn unpin(&self, names: &[String]) {
         let mut pins = locked(&self.pins);
+        let mut last = Vec::new();
         for name in names {
             let Some(readers) = pins.get_mut(name) else { continue };
             *readers -= 1;
             if *readers == 0 {
                 pins.remove(name);
-                self.release(&[name]);
+                last.push(name.as_str());
             }
         }
+        self.release(&last);
     }
 
-    /// Lets go of snapshots that were held.
+    /// Lets go of snapshots that were held: by one command, and where that fails, because one of them is gone or is not held,
+    /// by one for each.
     pub(super) fn release(&self, names: &[&str]) {
+        let release = |names: &[&str]| self.programs.zfs(&[&["release", HOLD], names].concat());
+        if names.is_empty() || (names.len() > 1 && release(names).is_ok()) {
+            return;
+        }
         for name in names {
-            let released = gone(self.programs.zfs(&["release", HOLD, name]));
-            match released {
+            match gone(release(&[name])) {
                 Err(trouble) if trouble.class != Class::NoSuchTag => {
                     tracing::warn!(name, error = %trouble.error, "a hold stays");
                 }

@@ -20,10 +20,11 @@ use uuid::Uuid;
 
 use super::{
     arrival::Arrival,
-    catalog::{self, PROPERTIES, StoredSnapshot, Volume, options},
+    catalog::{self, StoredSnapshot, Volume, options},
     delta::features,
     graft::Graft,
     journal::{Note, ReceiveNote, Swap, receive_key},
+    listing::Found,
     pool::Pool,
     program::{Class, Trouble},
     resume, run,
@@ -109,7 +110,11 @@ impl Pool {
             return Err(Error::new(OPERATION, object, ErrorKind::AlreadyExists));
         }
         if let Some(base) = request.base {
-            self.stored(OPERATION, base)?;
+            let read = match &destination {
+                Destination::Volume(volume) => Some(&**volume),
+                Destination::New => None,
+            };
+            self.find(OPERATION, base, read)?;
         }
         let going_on = self.reopen(&request)?;
         if let Destination::Volume(volume) = &destination {
@@ -187,9 +192,7 @@ impl Pool {
     /// Renames what lies in `incoming` into its place as a new volume: the one step that publishes it.
     pub(super) fn publish_new(&self, task: &Task, stored: &StoredSnapshot) -> Result<()> {
         let (incoming, record) = (task.incoming(), &task.request.volume);
-        let at = |name: &str| self.look(name, PROPERTIES).map_err(|trouble| task.trouble(trouble));
-        let snapshot = at(&format!("{incoming}@{}", task.request.snapshot.id))?;
-        self.write_record(OPERATION, "snapshot", &snapshot, stored)?;
+        self.write_record(OPERATION, "snapshot", &arrived(&incoming, task), stored)?;
         let encoded = catalog::encode(OPERATION, "volume", 1, record)?;
         let set: Vec<_> = options(record, &encoded)
             .into_iter()
@@ -213,9 +216,7 @@ impl Pool {
         stored: &StoredSnapshot,
     ) -> Result<()> {
         let incoming = task.incoming();
-        let snapshot = format!("{incoming}@{}", task.request.snapshot.id);
-        let found = self.look(&snapshot, PROPERTIES).map_err(|trouble| task.trouble(trouble))?;
-        self.write_record(OPERATION, "snapshot", &found, stored)?;
+        self.write_record(OPERATION, "snapshot", &arrived(&incoming, task), stored)?;
         // The record may have changed meanwhile, and somebody may have used the head.
         let now = self.volume(OPERATION, volume.id())?;
         self.head_gives_way(OPERATION, &now)?;
@@ -285,6 +286,11 @@ impl Pool {
         self.delete(&trash);
         Ok(())
     }
+}
+
+/// What has just arrived on a dataset, which has no record yet.
+pub(super) fn arrived(dataset: &str, task: &Task) -> Found {
+    Found { name: format!("{dataset}@{}", task.request.snapshot.id), ..Found::default() }
 }
 
 /// The right to the one open receive of a volume.

@@ -12,6 +12,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use rustix::mount::UnmountFlags;
+
 use super::{
     catalog::gone,
     pool::{Pool, locked, make_dir},
@@ -124,17 +126,28 @@ impl Pool {
 
     /// Mounts a dataset. A clone on zfs-fuse is mounted already, whatever its `canmount` says.
     pub(super) fn mount(&self, dataset: &str) -> std::result::Result<(), Trouble> {
+        if is_mounted(&self.mount_point(dataset)) {
+            return Ok(());
+        }
         unless(Class::Mounted, self.programs.zfs_patiently(&["mount", dataset])).map(drop)
     }
 
     /// Unmounts what is mounted at a path, if anything is.
     pub(super) fn unmount(&self, path: &Path) -> std::result::Result<(), Trouble> {
         if is_mounted(path) {
-            let words = ["--".as_ref(), path.as_os_str()];
-            patiently(|| unless(Class::NotMounted, self.programs.run("umount", &words)))?;
+            patiently(|| self.unmount_once(path))?;
         }
         let _ = fs::remove_dir(path);
         Ok(())
+    }
+
+    /// By the system's call. Where that is refused the program tries, and has words for why not.
+    fn unmount_once(&self, path: &Path) -> std::result::Result<(), Trouble> {
+        if rustix::mount::unmount(path, UnmountFlags::NOFOLLOW).is_ok() {
+            return Ok(());
+        }
+        let words = ["--".as_ref(), path.as_os_str()];
+        unless(Class::NotMounted, self.programs.run("umount", &words)).map(drop)
     }
 
     /// Mounts the head of a volume and returns where.
@@ -157,11 +170,10 @@ impl Pool {
         for folder in super::pool::FOLDERS {
             for entry in fs::read_dir(self.mounts().join(folder)).into_iter().flatten().flatten() {
                 let path = entry.path();
-                if is_mounted(&path) {
-                    let words = ["--".as_ref(), path.as_os_str()];
-                    if let Err(trouble) = unless(Class::NotMounted, self.programs.run("umount", &words)) {
-                        tracing::info!(error = %trouble.error, "it stays mounted");
-                    }
+                if is_mounted(&path)
+                    && let Err(trouble) = self.unmount_once(&path)
+                {
+                    tracing::info!(error = %trouble.error, "it stays mounted");
                 }
                 let _ = fs::remove_dir(path);
             }
