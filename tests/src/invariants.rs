@@ -25,7 +25,18 @@ pub fn histories(node: &Node) -> Histories {
 /// in it.
 #[track_caller]
 pub fn assert_sound(node: &Node) {
-    for (volume, snapshots) in histories(node) {
+    assert_sound_where(node, |_| true);
+}
+
+/// The same, reading only one volume and what was forked off it.
+#[track_caller]
+pub fn assert_volume_sound(node: &Node, volume: &str) {
+    assert_sound_where(node, |name| name.split('.').next() == Some(volume));
+}
+
+#[track_caller]
+fn assert_sound_where(node: &Node, is_read: impl Fn(&str) -> bool) {
+    for (volume, snapshots) in histories(node).into_iter().filter(|(volume, _)| is_read(volume)) {
         for snapshot in snapshots {
             let path = format!("/v1/volumes/{volume}/snapshots/{snapshot}/verify?compare=contents");
             let verification = node.http("POST", &path, None).is(200).json();

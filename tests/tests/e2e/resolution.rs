@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use flocker_tests::{
     LONG, Node,
-    invariants::{array, assert_sound, wait_tidy},
+    invariants::{array, assert_sound, assert_volume_sound, wait_tidy},
     situations::{
         Pools,
         Situation::{Dirty, OtherVolume},
@@ -60,17 +60,18 @@ fn run_share(pools: Pools, driver: &str, share: usize) {
             _ => ("other = other", "one = one"),
         };
         assert_eq!(holdings(b, &volume), told(&[("*", now), ("*.host-b", kept)], &volume), "after {point}");
-        assert_sound(b);
+        assert_volume_sound(b, &volume);
         wait_tidy(b);
         let transfers = array(&a.cli(&["transfers"]).ok().json());
         assert!(transfers.iter().all(|transfer| transfer["state"] == "done"), "{transfers:?}");
     }
+    assert_sound(&cluster.nodes[1]);
 }
 
 /// Looks at what a node holds after a crash: the old history with the incoming one beside it, or the new one with the
 /// old one beside it.
 fn check_between(node: &Node, volume: &str, point: &str) {
-    assert_sound(node);
+    assert_volume_sound(node, volume);
     let found = holdings(node, volume);
     let is_kept = |held: &String| held.ends_with("= precious") || held.ends_with("= other");
     assert!(found.values().any(is_kept), "{point}: {found:?}");
