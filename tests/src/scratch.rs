@@ -15,7 +15,13 @@ use rustix::mount::UnmountFlags;
 #[derive(Debug)]
 pub struct Scratch {
     folder: Option<tempfile::TempDir>,
+    /// Where images of file systems lie, when not in the folder.
+    images: Option<tempfile::TempDir>,
 }
+
+/// Images lie in memory where it has so much room for them, in MiB: what is waited for on a disk is mostly that a file system in
+/// a file makes something durable.
+const ROOM_FOR_IMAGES: u64 = 8192;
 
 /// A file system that is made in a file and mounted through a loop device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,14 +48,18 @@ impl FileSystem {
 impl Scratch {
     /// Makes the folder, mode 0711 so that other users of the tests pass through it.
     pub fn new() -> Self {
-        Self::below(&std::env::temp_dir())
+        let memory = Path::new("/dev/shm");
+        let room = rustix::fs::statvfs(memory).map_or(0, |found| found.f_bavail * found.f_frsize >> 20);
+        let mut scratch = Self::below(&std::env::temp_dir());
+        scratch.images = (room > ROOM_FOR_IMAGES).then(|| make_folder(memory));
+        scratch
     }
 
-    /// Makes the folder below another one than the temporary folder.
+    /// Makes the folder below another one than the temporary folder, and images in it, too.
     pub fn below(parent: &Path) -> Self {
-        let folder = tempfile::Builder::new().prefix("flk").tempdir_in(parent).expect("make a scratch folder");
+        let folder = make_folder(parent);
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o711)).expect("open the scratch folder");
-        Self { folder: Some(folder) }
+        Self { folder: Some(folder), images: None }
     }
 
     /// Returns the folder.
@@ -64,10 +74,16 @@ impl Scratch {
         path
     }
 
+    /// Makes a file of `mebibytes` without contents, for a file system.
+    pub fn image(&self, name: &str, mebibytes: u64) -> PathBuf {
+        let image = self.images.as_ref().map_or(self.path(), |folder| folder.path()).join(format!("{name}.img"));
+        fs::File::create(&image).and_then(|file| file.set_len(mebibytes << 20)).expect("make an image file");
+        image
+    }
+
     /// Makes a file system of `mebibytes` in a file and mounts it. Needs root and the file system's mkfs.
     pub fn mount(&self, file_system: FileSystem, name: &str, mebibytes: u64) -> PathBuf {
-        let image = self.path().join(format!("{name}.img"));
-        fs::File::create(&image).and_then(|file| file.set_len(mebibytes << 20)).expect("make an image file");
+        let image = self.image(name, mebibytes);
         let mkfs = crate::needs::program(&format!("mkfs.{}", file_system.name())).expect("mkfs is there");
         run(Command::new(mkfs).arg("-q").arg(&image));
         let place = self.folder(name);
@@ -87,12 +103,16 @@ impl Drop for Scratch {
         for place in mounts_below(self.path()).into_iter().rev() {
             let _ = rustix::mount::unmount(&place, UnmountFlags::DETACH);
         }
-        if let Some(folder) = self.folder.take()
-            && std::env::var_os("FLOCKER_TEST_KEEP").is_some()
-        {
-            eprintln!("kept: {}", folder.keep().display());
+        if std::env::var_os("FLOCKER_TEST_KEEP").is_some() {
+            for folder in [self.folder.take(), self.images.take()].into_iter().flatten() {
+                eprintln!("kept: {}", folder.keep().display());
+            }
         }
     }
+}
+
+fn make_folder(parent: &Path) -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("flk").tempdir_in(parent).expect("make a scratch folder")
 }
 
 /// Returns the mount points below a folder, in the order they were mounted.

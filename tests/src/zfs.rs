@@ -89,8 +89,7 @@ impl ZfsHost {
             let output = host.command(Path::new("zpool")).arg("list").output().expect("run zpool");
             (output.status.success() && String::from_utf8_lossy(&output.stdout).contains("no pools")).then_some(())
         });
-        let image = scratch.path().join(format!("{name}.zfs.img"));
-        fs::File::create(&image).and_then(|file| file.set_len(POOL_MEBIBYTES << 20)).expect("make an image file");
+        let image = scratch.image(&format!("{name}.zfs"), POOL_MEBIBYTES);
         run(host.command(Path::new("zpool")).args(["create", "-m", "none", "tank"]).arg(&image));
         host.zfs(&["create", &host.root]);
         host

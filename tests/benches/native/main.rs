@@ -82,7 +82,7 @@ fn main() {
 }
 
 fn measure(case: &str, settings: &Settings) {
-    let scratch = Scratch::new();
+    let scratch = Scratch::below(&std::env::temp_dir());
     let (by_hand, options) = ByHand::prepare(case, &scratch);
     let ssh = by_hand.start_ssh(&scratch);
     let mut cluster = Cluster::with(scratch, options);
