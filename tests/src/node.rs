@@ -341,6 +341,14 @@ impl Node {
         kibibytes * 1024
     }
 
+    /// Returns how many pages of memory the kernel has given the daemon, those that were given back again included (the minor faults
+    /// of proc_pid_stat(5)).
+    pub fn pages_got(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("read the daemon's account");
+        let behind_name = stat.rsplit_once(')').expect("a name in parentheses").1;
+        behind_name.split_whitespace().nth(7).and_then(|faults| faults.parse().ok()).expect("a number of faults")
+    }
+
     /// Returns all the daemon has printed.
     pub fn log_text(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()

@@ -49,7 +49,7 @@ impl Scratch {
     /// Makes the folder, mode 0711 so that other users of the tests pass through it.
     pub fn new() -> Self {
         let memory = Path::new("/dev/shm");
-        let room = rustix::fs::statvfs(memory).map_or(0, |found| found.f_bavail * found.f_frsize >> 20);
+        let room = rustix::fs::statvfs(memory).map_or(0, |found| (found.f_bavail * found.f_frsize) >> 20);
         let mut scratch = Self::below(&std::env::temp_dir());
         scratch.images = (room > ROOM_FOR_IMAGES).then(|| make_folder(memory));
         scratch

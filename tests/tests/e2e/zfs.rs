@@ -159,7 +159,10 @@ fn a_snapshot_and_a_push_of_it_take_few_programs() {
     // Of the push five at the sender: two that look, and hold, send, release. At the receiver the two looks at the head make
     // the most of it.
     let (snapshot, push) = taken;
-    assert!((3..=8).contains(&snapshot) && (8..=22).contains(&push), "{snapshot} for the snapshot, {push} for the push");
+    assert!(
+        (3..=8).contains(&snapshot) && (8..=22).contains(&push),
+        "{snapshot} for the snapshot, {push} for the push"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use zstd::bulk::{Compressor, Decompressor};
 
-use super::{BoxError, stage::Stage};
+use super::{BoxError, buffers::Buffer, stage::Stage};
 
 /// The levels there are to choose from. Those below zero look at fewer places of the data: of programs -10 saves 38 % of the
 /// bytes where 1 saves 59, in half the time (docs/BENCHMARKS.md). Above 6 zstd needs more than a few MiB a context, and little is
@@ -164,49 +164,15 @@ pub(super) fn decompress(payload: &[u8], raw_len: usize) -> Result<Bytes, BoxErr
         // Making one costs more than unpacking a small frame.
         static CONTEXT: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
     }
-    let mut raw = Unpacked::with_room(raw_len);
-    CONTEXT.with_borrow_mut(|context| match context {
-        Some(context) => context.decompress_to_buffer(payload, &mut raw.0),
-        None => context.insert(Decompressor::new()?).decompress_to_buffer(payload, &mut raw.0),
+    let mut raw = Buffer::with_room(raw_len);
+    let length = CONTEXT.with_borrow_mut(|context| match context {
+        Some(context) => context.decompress_to_buffer(payload, raw.bytes()),
+        None => context.insert(Decompressor::new()?).decompress_to_buffer(payload, raw.bytes()),
     })?;
-    if raw.0.len() != raw_len {
-        return Err(format!("a frame of {raw_len} bytes unpacks to {}", raw.0.len()).into());
+    if length != raw_len {
+        return Err(format!("a frame of {raw_len} bytes unpacks to {length}").into());
     }
-    Ok(Bytes::from_owner(raw))
-}
-
-/// How many buffers for what was unpacked are kept, of all receives together, and how large: enough for two receives. New
-/// ones would be given back to the kernel and cleared by it again and again.
-const SPARE_BUFFERS: usize = 8;
-const SPARE_LENGTH: usize = 512 * 1024;
-
-static SPARE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
-
-/// What was unpacked, in a buffer that is kept for reuse.
-struct Unpacked(Vec<u8>);
-
-impl Unpacked {
-    fn with_room(length: usize) -> Self {
-        let mut buffer = SPARE.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-        buffer.clear();
-        buffer.reserve_exact(length);
-        Self(buffer)
-    }
-}
-
-impl AsRef<[u8]> for Unpacked {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl Drop for Unpacked {
-    fn drop(&mut self) {
-        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < SPARE_BUFFERS && self.0.capacity() <= SPARE_LENGTH {
-            spare.push(std::mem::take(&mut self.0));
-        }
-    }
+    Ok(raw.freeze())
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@
 //!
 //! Neighbours: [`frame`] is the layout, [`queue`] what a sender keeps, [`lanes`] the receiver's row, [`compression`] the choice of the level, [`rate`] what holds a sender back.
 
+mod buffers;
 mod compression;
 mod frame;
 #[cfg(test)]
@@ -37,7 +38,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use buffers::Buffer;
+use bytes::Bytes;
 use tokio::sync::mpsc;
 
 pub use self::{
@@ -217,7 +219,10 @@ fn nobody() -> mpsc::Receiver<BulkStream> {
 /// Reads exact pieces off a stream. Cancel-safe: what has arrived is kept.
 struct Reader {
     recv: quinn::RecvStream,
-    arrived: BytesMut,
+    /// The piece that has arrived in part.
+    begun: Option<Buffer>,
+    /// What lies behind it.
+    arrived: Bytes,
 }
 
 /// How much is taken from the stream at once.
@@ -225,21 +230,28 @@ const READ_CHUNK: usize = 256 * 1024;
 
 impl Reader {
     fn new(recv: quinn::RecvStream) -> Self {
-        Self { recv, arrived: BytesMut::new() }
+        Self { recv, begun: None, arrived: Bytes::new() }
     }
 
     /// The next `length` bytes, at most those of a frame; waits at most `no_progress` for each piece.
     async fn take(&mut self, length: usize, no_progress: Duration) -> Result<Bytes, ErrorKind> {
-        self.arrived.reserve(length.saturating_sub(self.arrived.len()));
-        while self.arrived.len() < length {
-            match tokio::time::timeout(no_progress, self.recv.read_chunk(READ_CHUNK, true)).await {
-                Ok(Ok(Some(chunk))) => self.arrived.extend_from_slice(&chunk.bytes),
+        if self.begun.is_none() && self.arrived.len() >= length {
+            return Ok(self.arrived.split_to(length));
+        }
+        loop {
+            let piece = self.begun.get_or_insert_with(|| Buffer::with_room(length)).bytes();
+            let lacks = length.saturating_sub(piece.len());
+            piece.extend_from_slice(&self.arrived.split_to(lacks.min(self.arrived.len())));
+            if piece.len() >= length {
+                return Ok(self.begun.take().map(Buffer::freeze).unwrap_or_default());
+            }
+            self.arrived = match tokio::time::timeout(no_progress, self.recv.read_chunk(READ_CHUNK, true)).await {
+                Ok(Ok(Some(chunk))) => chunk.bytes,
                 Ok(Ok(None)) => return Err(ErrorKind::StreamEnded),
                 Ok(Err(error)) => return Err(ErrorKind::from_read(error)),
                 Err(_) => return Err(ErrorKind::TimedOut(no_progress)),
-            }
+            };
         }
-        Ok(self.arrived.split_to(length).freeze())
     }
 
     fn stop(&mut self, code: CloseCode) {
