@@ -116,6 +116,11 @@ impl HandOffs {
         self.lock().asked.get(&volume).map(|handoff| handoff.peer.clone())
     }
 
+    /// Returns the epoch that a peer was asked to begin, where it has not answered.
+    pub(crate) fn epoch_of(&self, volume: VolumeId) -> Option<u64> {
+        self.lock().asked.get(&volume).map(|handoff| handoff.epoch)
+    }
+
     /// Refuses while a volume is being handed over.
     pub(crate) fn check_settled(&self, volume: &Volume) -> Result<()> {
         let contents = self.lock();
@@ -392,9 +397,7 @@ impl Node {
             if says_no && (!failure.transient || late) {
                 return Err(self.give_up(handoff, failure.problem).await);
             }
-            if self.handoffs.peer_of(handoff.volume).is_none() {
-                return Err(problem(409, "taken_back", "the volume was promoted here by force meanwhile"));
-            }
+            self.check_open(handoff)?;
             if late {
                 let known = self.catalog.get(handoff.volume);
                 let name = known.map_or_else(|| handoff.volume.to_string(), |known| known.record.name.to_string());
@@ -409,6 +412,14 @@ impl Node {
         }
     }
 
+    /// Refuses once the volume was promoted here by force.
+    fn check_open(&self, handoff: &HandOff) -> Result<()> {
+        match self.handoffs.peer_of(handoff.volume) {
+            Some(_) => Ok(()),
+            None => Err(problem(409, "taken_back", "the volume was promoted here by force meanwhile")),
+        }
+    }
+
     async fn ask_to_take_over(&self, handoff: &HandOff) -> std::result::Result<TakenOver, Failure> {
         let known = self.catalog.get(handoff.volume);
         let (Some(known), Some(tip)) = (known, handoff.tip) else {
@@ -417,6 +428,8 @@ impl Node {
         let row = self.find_peer(&handoff.peer).await?;
         let lent = self.lend(&row).await?;
         let mut line = Line::open(row.name, &lent).await?;
+        // To connect takes as long as the peer is away; who was waited for in vain is not asked any more.
+        self.check_open(handoff)?;
         let request =
             TakeOver { protocol: PROTOCOL, name: known.record.name, volume: handoff.volume, tip, epoch: handoff.epoch };
         line.send(&Message::TakeOver(Box::new(request))).await?;

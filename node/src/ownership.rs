@@ -262,7 +262,9 @@ impl Node {
         self.inbox.check_quiet(&volume, "promote")?;
         let losses = if request.force { standing.losses(&volume) } else { Vec::new() };
         volume.record.role = Role::Primary;
-        volume.record.epoch = standing.newest().epoch.max(volume.record.epoch) + 1;
+        // Above the epoch that a peer may begin which was asked to and has not answered: its answer may be on its way.
+        let asked = self.handoffs.epoch_of(known.record.id).unwrap_or_default();
+        volume.record.epoch = standing.newest().epoch.max(volume.record.epoch).max(asked) + 1;
         volume.record.primary = Some(self.host());
         // First, so that after a crash no peer is asked any more to be the primary of an epoch that is over.
         self.forget_hand_off(known.record.id).await?;

@@ -405,6 +405,24 @@ fn nobody_writes_while_a_hand_over_is_in_doubt_until_it_is_forced() {
 }
 
 #[test]
+fn a_question_that_waits_for_the_peer_does_not_undo_a_promotion_by_force() {
+    let mut cluster = asked_and_dead("handoff.asking");
+    let (a, b) = cluster.pair();
+    let before = inspect(b, "db")["epoch"].as_u64().unwrap();
+    // The peer was asked to begin the next epoch, and may do so when it comes to the question.
+    let forced = b.frozen(|| {
+        a.start();
+        a.cli(&["promote", "db", "--force"]).ok().json()
+    });
+    assert_eq!((&forced["role"], forced["epoch"].as_u64()), (&"primary".into(), Some(before + 2)));
+    write(a, "db", "three");
+    a.cli(&["snapshot", "db@three"]).ok();
+    a.push("db@three", "host-b");
+    assert_eq!((role(a, "db").as_str(), role(b, "db").as_str()), ("primary", "replica"));
+    assert_eq!((read(a, "db").as_str(), read(b, "db").as_str()), ("three", "three"));
+}
+
+#[test]
 fn a_hand_over_needs_the_right_to_push() {
     let mut cluster = Cluster::with(Scratch::new(), vec![Options::default(); 2]);
     let (a, b) = cluster.pair();
