@@ -121,6 +121,11 @@ impl HandOffs {
         self.lock().asked.get(&volume).map(|handoff| handoff.epoch)
     }
 
+    /// Whether the peer was asked and has not answered, and nobody has taken the volume back since: each hand-over begins a newer epoch.
+    fn is_open(&self, handoff: &HandOff) -> bool {
+        self.epoch_of(handoff.volume) == Some(handoff.epoch)
+    }
+
     /// Refuses while a volume is being handed over.
     pub(crate) fn check_settled(&self, volume: &Volume) -> Result<()> {
         let contents = self.lock();
@@ -288,9 +293,10 @@ impl Node {
         volume.record.role = Role::Replica;
         self.set_record(volume).await?;
         fault::point("handoff.stepped-down");
-        (handoff.tip, handoff.asked) = (Some(rest.id), true);
-        self.state.begin(HandOff::operation(handoff.volume), &Operation::HandOff(Box::new(handoff.clone()))).await?;
-        self.handoffs.insert(handoff.clone());
+        let asked = HandOff { tip: Some(rest.id), asked: true, ..handoff.clone() };
+        self.state.begin(HandOff::operation(asked.volume), &Operation::HandOff(Box::new(asked.clone()))).await?;
+        self.handoffs.insert(asked.clone());
+        *handoff = asked;
         fault::point("handoff.asking");
         Ok(rest)
     }
@@ -308,6 +314,9 @@ impl Node {
 
     async fn take_back(&self, handoff: &HandOff) -> Result<()> {
         let guard = self.catalog.work_on(handoff.volume).await;
+        if handoff.asked {
+            self.check_open(handoff)?;
+        }
         let Some(mut known) = self.catalog.get(handoff.volume) else {
             return self.forget_hand_off(handoff.volume).await;
         };
@@ -391,13 +400,13 @@ impl Node {
                 }
                 Err(failure) => failure,
             };
+            self.check_open(handoff)?;
             let says_no = failure.problem.code.starts_with("peer_") && failure.problem.code != "peer_unreachable";
             let late = until.is_some_and(|until| Instant::now() >= until);
             // Where it says no, no earlier question of this node can still make it the primary: it answers them in turn.
             if says_no && (!failure.transient || late) {
                 return Err(self.give_up(handoff, failure.problem).await);
             }
-            self.check_open(handoff)?;
             if late {
                 let known = self.catalog.get(handoff.volume);
                 let name = known.map_or_else(|| handoff.volume.to_string(), |known| known.record.name.to_string());
@@ -412,12 +421,12 @@ impl Node {
         }
     }
 
-    /// Refuses once the volume was promoted here by force.
+    /// Refuses once the volume was promoted here by force, even where it is being handed over anew.
     fn check_open(&self, handoff: &HandOff) -> Result<()> {
-        match self.handoffs.peer_of(handoff.volume) {
-            Some(_) => Ok(()),
-            None => Err(problem(409, "taken_back", "the volume was promoted here by force meanwhile")),
+        if self.handoffs.is_open(handoff) {
+            return Ok(());
         }
+        Err(problem(409, "taken_back", "the volume was promoted here by force meanwhile"))
     }
 
     async fn ask_to_take_over(&self, handoff: &HandOff) -> std::result::Result<TakenOver, Failure> {
@@ -445,9 +454,8 @@ impl Node {
     /// The peer is the primary.
     async fn handed_off(&self, handoff: &HandOff, host: &Host) -> Result<()> {
         let _guard = self.catalog.work_on(handoff.volume).await;
-        let is_open = self.handoffs.peer_of(handoff.volume).is_some();
-        let gives_way =
-            |known: &Volume| is_open && known.record.role == Role::Replica && known.record.epoch < handoff.epoch;
+        self.check_open(handoff)?;
+        let gives_way = |known: &Volume| known.record.role == Role::Replica && known.record.epoch < handoff.epoch;
         if let Some(mut known) = self.catalog.get(handoff.volume).filter(gives_way) {
             known.record.role = Role::Replica;
             known.record.epoch = handoff.epoch;
@@ -480,4 +488,31 @@ fn not_delivered(name: &VolumeName, peer: &NodeName, transfer: TransferResource)
         (None, None) => problem(504, "timed_out", format!("they did not arrive within {} s", PATIENCE.as_secs())),
     };
     Err(ApiProblem { detail: format!("{detail}: {}", why.detail), ..why }.with("transfer", transfer.id))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_question_about_a_hand_over_that_was_taken_back_does_not_pass_for_the_next_one() {
+        let handoffs = HandOffs::default();
+        let first = HandOff {
+            volume: VolumeId::mint(),
+            peer: "host-b".parse().unwrap(),
+            epoch: 2,
+            mount: None,
+            tip: None,
+            asked: true,
+        };
+        assert!(!handoffs.is_open(&first));
+        handoffs.insert(first.clone());
+        assert!(handoffs.is_open(&first));
+        // Taken back by force, which begins epoch 3, and handed over to the same peer once more.
+        let second = HandOff { epoch: 4, ..first.clone() };
+        handoffs.insert(second.clone());
+        assert_eq!((handoffs.is_open(&first), handoffs.is_open(&second)), (false, true));
+    }
 }
