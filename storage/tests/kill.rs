@@ -10,6 +10,7 @@ mod support;
 use std::{
     collections::BTreeMap,
     fs,
+    io::Read as _,
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -292,14 +293,25 @@ async fn child() {
 
 fn kill_at(place: &Path, point: &str, pass: u32) -> bool {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "child", "--nocapture"]).stdout(Stdio::null()).stderr(Stdio::null());
+    command.args(["--exact", "child", "--nocapture"]).stdout(Stdio::null()).stderr(Stdio::piped());
     let fault = format!("{}:{pass}", point.trim_end_matches(IN_BULK));
     command.env(SCENARIO, point).env("FLOCKER_TEST_PLACE", place).env("FLOCKER_FAULT", fault);
-    let status = command.status().unwrap();
+    // To the end of the child, not of its standard error: a program that it started may live on with that.
+    let mut child = command.spawn().unwrap();
+    let mut said = child.stderr.take().unwrap();
+    let said = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        let _ = said.read_to_end(&mut text);
+        text
+    });
+    let status = child.wait().unwrap();
     match status.signal() {
         Some(9) => true,
         None if status.success() => false,
-        _ => panic!("{point}:{pass}: the child ended with {status}"),
+        _ => {
+            let said = said.join().unwrap();
+            panic!("{point}:{pass}: the child ended with {status}: {}", String::from_utf8_lossy(&said))
+        }
     }
 }
 

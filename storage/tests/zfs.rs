@@ -318,6 +318,64 @@ async fn what_is_not_ours_is_listed_and_never_destroyed() {
     assert!(matches!(&error.kind, ErrorKind::PoolUnusable(why) if why.contains("/data")), "{error:?}");
 }
 
+/// Snapshots are remembered, so that not each verb lists them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_destroyed_by_hand_is_missed_though_it_was_remembered() {
+    let Some(host) = ZfsHost::enter("what_is_destroyed_by_hand_is_missed_though_it_was_remembered") else { return };
+    let place = host.place();
+    let a = place.open("a").await.unwrap();
+    let (volume, one) = with_one(&*a).await;
+    let by_hand = |held: &HeldSnapshot| {
+        host.zfs(&["destroy", &format!("{}/volumes/{}@{}", place.dataset("a"), volume.id, held.snapshot.id)]);
+    };
+    let written = async || {
+        write(&*a, volume.id, "file", b"two").await;
+        take(&*a, volume.id).await
+    };
+    // The head holds what the lost one held, which only a comparison with that would tell.
+    let lost = written().await;
+    by_hand(&lost);
+    assert_eq!(a.head_state(volume.id).await.unwrap(), HeadState::Dirty);
+    let lost = written().await;
+    by_hand(&lost);
+    let snapshot = Snapshot { id: SnapshotId::mint(), parents: vec![lost.snapshot.id], ..lost.snapshot.clone() };
+    let asked = SnapshotRequest { volume: volume.id, snapshot, compare: Compare::Metadata };
+    let next = a.snapshot(&[asked]).await.unwrap().remove(0).held;
+    assert!(!next.unchanged, "it follows one that is not there");
+    assert_eq!(a.lineage(volume.id).await.unwrap().snapshots, [one, next.clone()]);
+    by_hand(&next);
+    assert!(matches!(
+        read(&*a, request(None, &next, &a.capabilities().formats[0])).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    ));
+}
+
+/// ZFS takes a head that was mounted for one that was changed, and zfs-fuse has no word to ask it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_increment_is_taken_whether_the_head_was_mounted_since_the_last_one_or_not() {
+    let test = "an_increment_is_taken_whether_the_head_was_mounted_since_the_last_one_or_not";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let Pair { a, b, native, place: _place } = pair(&host).await;
+    let (volume, one) = with_one(&*a).await;
+    push((&*a, &*b), &volume, None, &one, &native).await.unwrap();
+    let mut base = one;
+    for (round, is_mounted) in [false, false, true, false].into_iter().enumerate() {
+        if is_mounted {
+            let target = Target::Head(volume.id);
+            let head = b.attach(target, Access::ReadWrite).await.unwrap();
+            assert_eq!(fs::read(head.join("file")).unwrap(), b"1", "what came last");
+            b.detach(target).await.unwrap();
+        }
+        write(&*a, volume.id, "file", round.to_string().as_bytes()).await;
+        let next = take(&*a, volume.id).await;
+        let pushed = push((&*a, &*b), &volume, Some(&base), &next, &native).await;
+        assert_eq!(pushed.unwrap_or_else(|error| panic!("round {round}: {error:?}")), next);
+        base = next;
+    }
+    assert_eq!(b.lineage(volume.id).await.unwrap().snapshots, a.lineage(volume.id).await.unwrap().snapshots);
+    assert_eq!(read_file(&*b, &base, "file").await, b"3");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_in_a_file_is_made_imported_again_and_never_made_over_data() {
     let test = "a_pool_in_a_file_is_made_imported_again_and_never_made_over_data";

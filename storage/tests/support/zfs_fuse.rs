@@ -26,7 +26,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -58,7 +58,7 @@ pub struct ZfsHost {
     root: String,
     folder: PathBuf,
     /// Dies with the namespaces at the latest.
-    daemon: Option<Child>,
+    daemon: Option<Mutex<Child>>,
     _keep: Option<tempfile::TempDir>,
 }
 
@@ -94,15 +94,8 @@ impl ZfsHost {
         for state in STATE_FOLDERS {
             must(Command::new("mount").args(["-t", "tmpfs", "none", state]));
         }
-        let log = fs::File::create(folder.join("zfs-fuse.log")).unwrap();
-        let daemon = Command::new("zfs-fuse")
-            .args(["--no-daemon", "--no-kstat-mount", "--max-arc-size", "64"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let host = Self { root: "tank".to_owned(), folder, daemon: Some(daemon), _keep: None };
+        let daemon = Some(Mutex::new(start_daemon(&folder)));
+        let host = Self { root: "tank".to_owned(), folder, daemon, _keep: None };
         host.eventually("zpool", &["list"]);
         let image = host.folder.join("image");
         fs::File::create(&image).unwrap().set_len(POOL_BYTES).unwrap();
@@ -169,10 +162,23 @@ impl ZfsHost {
         self.import();
     }
 
-    /// Makes the pool what it was when it was kept.
+    /// Makes the pool what it was when it was kept. By another daemon: zfs-fuse finds what it has cached by the pool's guid, which stays, and
+    /// one that had seen the pool go back ended by an assertion in its cache (`arc_buf_remove_ref`).
     pub fn put_back(&self) {
-        self.eventually("zpool", &["destroy", "-f", self.pool()]);
+        let mut daemon = self.daemon.as_ref().expect("another's pool").lock().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        for line in fs::read_to_string("/proc/self/mounts").unwrap().lines().rev() {
+            let fields: Vec<&str> = line.split(' ').collect();
+            if fields[0].starts_with(self.pool()) && fields[2].starts_with("fuse") {
+                must(Command::new("umount").args(["-l", fields[1]]));
+            }
+        }
+        // The list of its pools; what it would open by itself is about to change.
+        let _ = fs::remove_file("/var/lib/zfs/zpool.cache");
         must(Command::new("cp").arg("--sparse=always").args([self.folder.join("kept"), self.folder.join("image")]));
+        *daemon = start_daemon(&self.folder);
+        self.eventually("zpool", &["list"]);
         self.import();
     }
 
@@ -209,12 +215,21 @@ impl ZfsHost {
 
 impl Drop for ZfsHost {
     fn drop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
+        if let Some(daemon) = self.daemon.take() {
+            let mut daemon = daemon.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
             // Its tidy end takes four seconds; nobody needs the pool any more.
             let _ = daemon.kill();
             let _ = daemon.wait();
         }
     }
+}
+
+/// Starts zfs-fuse, whose log grows in a folder.
+fn start_daemon(folder: &Path) -> Child {
+    let log = fs::File::options().create(true).append(true).open(folder.join("zfs-fuse.log")).unwrap();
+    let mut daemon = Command::new("zfs-fuse");
+    daemon.args(["--no-daemon", "--no-kstat-mount", "--max-arc-size", "64"]).stdin(Stdio::null());
+    daemon.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
 }
 
 /// Runs one test of this binary in namespaces of its own; it must pass.

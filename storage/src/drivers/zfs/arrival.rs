@@ -6,13 +6,14 @@
 use std::{io, io::Write, process::ChildStdin, sync::Arc};
 
 use super::{
-    catalog::{PROPERTIES, StoredSnapshot, Volume},
+    catalog::PROPERTIES,
     delta::{Announced, PREAMBLE, parse_preamble},
     journal::{Note, ReceiveNote, receive_key},
     pool::Pool,
     program::Trouble,
     receive::{Destination, GOODBYE, OPERATION, Task, arrived},
     stream::{Begin, Reader},
+    volume::{StoredSnapshot, Volume},
 };
 use crate::{
     command::{Input, Running},
@@ -231,6 +232,7 @@ impl Arrival {
                 let mut note = note(task, self.received_bytes);
                 note.stored = Some((stored.clone(), begin.to_guid));
                 self.pool.note(OPERATION, &Note::Receive(Box::new(note)))?;
+                let before = self.pool.before_adding(volume.id());
                 fault::point("zfs.receive.before-publish");
                 self.finish(task, &end)?;
                 fault::point("zfs.receive.landed");
@@ -242,6 +244,7 @@ impl Arrival {
                 let publishing = self.pool.publishing();
                 self.pool.write_record(OPERATION, "snapshot", &arrived(&volume.found.name, task), &stored)?;
                 fault::point("zfs.receive.published");
+                self.pool.added(before, &stored, Some(begin.to_guid), true);
                 drop(publishing);
                 self.pool.unnote(OPERATION, &receive_key(volume.id()))?;
             }
@@ -372,7 +375,7 @@ impl Pool {
     /// Takes off the head what counts as a change for ZFS and not for us (a mount leaves some): the head is clean, and no
     /// receive goes over a head that ZFS calls modified.
     fn level_head(&self, task: &Task, volume: &Volume) -> Result<()> {
-        let Some(newest) = volume.newest() else { return Ok(()) };
+        let Some(newest) = volume.newest().filter(|_| !self.is_level(volume.id())) else { return Ok(()) };
         let key = SnapshotKey { volume: volume.id(), snapshot: newest.snapshot.id };
         if self.abilities.modern {
             let written = self.look(&volume.found.name, "written").map_err(|trouble| task.trouble(trouble))?;

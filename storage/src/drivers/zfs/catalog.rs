@@ -1,4 +1,4 @@
-//! Which volumes and snapshots a pool holds, read from their properties each time: there is no index to fall out of step.
+//! Which volumes and snapshots a pool holds, read from their properties: there is no index on the disk to fall out of step.
 //!
 //! Owns the records of volumes and snapshots, scan, lineage, and the verbs that touch records and whole datasets only:
 //! create, set_record, destroy, forget. Refuses to know what is inside the trees.
@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeSet, io, str::FromStr, sync::Arc};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
 use super::{
@@ -16,13 +16,13 @@ use super::{
     pool::Pool,
     program::{Class, Trouble, unless},
     property::{self, Encoded},
-    snapshot::Totals,
+    volume::{Any, StoredSnapshot, Volume},
 };
 use crate::{
     driver::{Orphan, Scan, Target},
     error::{Blockers, Error, ErrorKind, Result},
     fault,
-    model::{HeldSnapshot, Lineage, Role, Snapshot, SnapshotId, SnapshotKey, VolumeId, VolumeRecord, check_metadata},
+    model::{HeldSnapshot, Lineage, Role, SnapshotId, SnapshotKey, VolumeId, VolumeRecord, check_metadata},
     records::RecordError,
 };
 
@@ -36,86 +36,6 @@ pub(super) const PENDING: &str = "org.flocker:pending";
 pub(super) const PROPERTIES: &str =
     "type,guid,origin,userrefs,readonly,refquota,org.flocker:record,org.flocker:pending";
 
-/// A snapshot's record as kept on it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct StoredSnapshot {
-    /// Grows along the volume's own snapshots; clocks do not order them.
-    pub(super) sequence: u64,
-    /// Whether nothing differs from its first parent.
-    pub(super) unchanged: bool,
-    /// The sum of the sizes of its regular files.
-    pub(super) logical_bytes: u64,
-    /// Its entries, the root included.
-    pub(super) entries: u64,
-    /// The snapshot as given.
-    pub(super) snapshot: Snapshot,
-}
-
-impl StoredSnapshot {
-    pub(super) fn totals(&self) -> Totals {
-        Totals { entries: self.entries, logical_bytes: self.logical_bytes }
-    }
-
-    pub(super) fn held(self, volume: VolumeId) -> HeldSnapshot {
-        let Self { unchanged, logical_bytes, snapshot, .. } = self;
-        HeldSnapshot { snapshot, volume, unchanged, logical_bytes }
-    }
-}
-
-/// A volume as it lies in the pool.
-#[derive(Debug, Clone)]
-pub(super) struct Volume {
-    pub(super) record: VolumeRecord,
-    /// Of its dataset.
-    pub(super) found: Found,
-    /// Its own snapshots, oldest first.
-    pub(super) snapshots: Vec<StoredSnapshot>,
-    /// All snapshots of its dataset, ours or not.
-    pub(super) all: Vec<Found>,
-    orphans: Vec<Orphan>,
-}
-
-impl Volume {
-    pub(super) fn id(&self) -> VolumeId {
-        self.record.id
-    }
-
-    pub(super) fn find(&self, snapshot: SnapshotId) -> Option<&StoredSnapshot> {
-        self.snapshots.iter().find(|stored| stored.snapshot.id == snapshot)
-    }
-
-    /// Returns the newest of its own snapshots.
-    pub(super) fn newest(&self) -> Option<&StoredSnapshot> {
-        self.snapshots.last()
-    }
-
-    /// Returns the snapshot that a clean head equals.
-    pub(super) fn tip(&self) -> Option<SnapshotKey> {
-        let own = self.newest().map(|stored| SnapshotKey { volume: self.id(), snapshot: stored.snapshot.id });
-        own.or(self.record.origin)
-    }
-
-    /// Tells whether a snapshot that came after one of its own (or all of them, where it is none of them) changed anything.
-    pub(super) fn changed_after(&self, base: SnapshotId) -> bool {
-        let mut after = self.snapshots.iter().rev().take_while(|stored| stored.snapshot.id != base);
-        after.any(|stored| !stored.unchanged)
-    }
-
-    pub(super) fn next_sequence(&self) -> u64 {
-        self.newest().map_or(0, |last| last.sequence) + 1
-    }
-
-    /// Returns the guid of one of its snapshots.
-    pub(super) fn guid_of(&self, snapshot: SnapshotId) -> Option<u64> {
-        let name = snapshot.to_string();
-        self.all.iter().find(|it| it.snapshot() == Some(&name))?.guid()
-    }
-
-    pub(super) fn is_read_only(&self) -> bool {
-        self.found.property("readonly") == Some("on")
-    }
-}
-
 impl Pool {
     /// Refuses what this pool cannot keep.
     pub(super) fn check_record(&self, operation: &'static str, record: &VolumeRecord) -> Result<()> {
@@ -124,12 +44,14 @@ impl Pool {
     }
 
     /// Reads a volume: one command, and one more for each record that is too long for one property.
-    pub(super) fn volume(&self, operation: &'static str, volume: VolumeId) -> Result<Volume> {
+    pub(super) fn volume(&self, operation: &'static str, volume: VolumeId) -> Result<Arc<Volume>> {
         let object = format!("volume {volume}");
-        let dataset = self.volume_dataset(volume);
+        let (dataset, mark) = (self.volume_dataset(volume), self.mark(volume));
         let found = self.list(&dataset, PROPERTIES).map_err(|trouble| trouble.into_error(operation, &object))?;
-        let read = self.assemble(&found, volume);
-        read.map_err(|error| error.into_error(operation, object))
+        let read = self.assemble(&found, volume).map_err(|error| error.into_error(operation, object))?;
+        let read = Arc::new(read);
+        self.remember(&read, mark);
+        Ok(read)
     }
 
     /// Makes a volume of what was found of its dataset.
@@ -147,7 +69,7 @@ impl Pool {
                 volume.orphans.push(orphan(it, "a dataset inside a volume".to_owned()));
                 continue;
             };
-            volume.all.push(it.clone());
+            volume.all.push(Any { name: name.to_owned(), guid: it.guid() });
             match identify::<SnapshotId>(name) {
                 Some(id) => match self.read_stored(it, id) {
                     Ok(stored) => volume.snapshots.push(stored),
@@ -198,7 +120,7 @@ impl Pool {
     ) -> Result<StoredSnapshot> {
         let found = match read.filter(|volume| volume.id() == key.volume) {
             Some(volume) => volume.find(key.snapshot).cloned(),
-            None => self.volume(operation, key.volume)?.find(key.snapshot).cloned(),
+            None => self.known(operation, key.volume)?.find(key.snapshot).cloned(),
         };
         found.ok_or_else(|| missing(operation, key.snapshot))
     }
@@ -372,6 +294,7 @@ impl Pool {
         self.unmount_head(OPERATION, volume)?;
         fault::point("zfs.destroy.before-trash");
         let trashed = self.trash(OPERATION, &self.volume_dataset(volume))?;
+        self.forget_volume(volume);
         drop(publishing);
         fault::point("zfs.destroy.trashed");
         self.delete_trashed(trashed);

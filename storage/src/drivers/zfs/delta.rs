@@ -20,13 +20,14 @@ use tokio::sync::mpsc;
 
 use super::{
     FORMAT_1, FORMAT_2,
-    catalog::{StoredSnapshot, Volume, missing},
+    catalog::missing,
     pool::{Pool, locked},
     program::Trouble,
     resume,
     snapshot::{PIECE, Totals, fill},
     stream::{PLAIN, RICH},
     view::View,
+    volume::{StoredSnapshot, Volume},
 };
 use crate::{
     command::{Input, Running},
@@ -133,7 +134,7 @@ impl Pool {
             let why = ErrorKind::Unsupported(format!("the delta format {} is not written here", request.format));
             return Err(Error::new(OPERATION, request.target.snapshot, why));
         }
-        let volume = self.volume(OPERATION, request.target.volume)?;
+        let volume = self.known(OPERATION, request.target.volume)?;
         let target = volume.find(request.target.snapshot).ok_or_else(|| missing(OPERATION, request.target.snapshot))?;
         if let Some(base) = request.base {
             self.find(OPERATION, base, Some(&volume))?;
@@ -166,7 +167,7 @@ impl Pool {
             // The `zfs send` of a zfs-fuse cannot tell.
             return Ok(None);
         }
-        let volume = self.volume(OPERATION, request.target.volume)?;
+        let volume = self.known(OPERATION, request.target.volume)?;
         let is_native = features(&request.format).is_some();
         let asked = DeltaRequest {
             format: DeltaFormat(FORMAT_2.into()),

@@ -7,12 +7,12 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use super::{
-    catalog::{StoredSnapshot, Volume},
     pool::Pool,
     program::{Class, Trouble},
     receive::{Destination, OPERATION, Task},
     snapshot::{count, sync},
     view::View,
+    volume::{StoredSnapshot, Volume},
 };
 use crate::{
     delta::Compare,

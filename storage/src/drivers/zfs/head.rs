@@ -5,10 +5,11 @@ use std::{path::PathBuf, sync::Arc};
 use uuid::Uuid;
 
 use super::{
-    catalog::{self, Volume, is_passing, missing, options, refuse_blocked},
+    catalog::{self, is_passing, missing, options, refuse_blocked},
     pool::{Attachment, Pool},
     program::Trouble,
     view::{is_mounted, view_name},
+    volume::Volume,
 };
 use crate::{
     driver::{Access, Target},
@@ -25,8 +26,8 @@ use crate::{
 impl Pool {
     pub(super) fn head_state(self: &Arc<Self>, volume: VolumeId) -> Result<HeadState> {
         const OPERATION: &str = "compare head of";
-        let volume = self.volume(OPERATION, volume)?;
-        Ok(if self.head_is_clean(OPERATION, &volume)? { HeadState::Clean } else { HeadState::Dirty })
+        let is_clean = self.again_if_gone(|| self.head_is_clean(OPERATION, &*self.known(OPERATION, volume)?))?;
+        Ok(if is_clean { HeadState::Clean } else { HeadState::Dirty })
     }
 
     /// Compares the head with the newest snapshot: a snapshot of it is made for a moment, and the program says what
@@ -103,11 +104,13 @@ impl Pool {
 
     /// Puts the dataset back to its newest snapshot. Snapshots of somebody else that are newer stand in the way, and stay.
     pub(super) fn roll_back(&self, operation: &'static str, volume: &Volume, to: SnapshotKey) -> Result<()> {
-        for it in volume.all.iter().filter(|it| it.snapshot().is_some_and(is_passing)) {
-            self.delete_snapshot(&it.name);
+        for it in volume.all.iter().filter(|it| is_passing(&it.name)) {
+            self.delete_snapshot(&format!("{}@{}", volume.found.name, it.name));
         }
         let done = self.programs.zfs_patiently(&["rollback", &self.snapshot_name(to)]);
-        done.map(drop).map_err(|trouble: Trouble| trouble.into_error(operation, to.snapshot))
+        done.map_err(|trouble: Trouble| trouble.into_error(operation, to.snapshot))?;
+        self.set_level(volume.id(), true);
+        Ok(())
     }
 
     pub(super) fn clone_from(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {

@@ -13,12 +13,13 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    catalog::{PENDING, PROPERTIES, StoredSnapshot, gone, is_passing},
+    catalog::{PENDING, PROPERTIES, gone, is_passing},
     listing::{self, Found},
     pool::{Pool, locked},
     program::{Class, Trouble, unless},
     property,
     split::Split,
+    volume::StoredSnapshot,
 };
 use crate::{
     delta::DeltaFormat,

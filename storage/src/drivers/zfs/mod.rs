@@ -3,7 +3,8 @@
 //!
 //! # Participants
 //! `place` finds or makes the pool; `pool` knows where things lie and locks them; `program` runs the programs and reads
-//! their complaints, `listing` what they list; `property` keeps records on datasets; `catalog` reads them; `head`,
+//! their complaints, `listing` what they list; `property` keeps records on datasets; `catalog` reads them, `volume` remembers what was
+//! read, `touches` knows how long that holds; `head`,
 //! `snapshot`, `split`, `delta` and `receive` (with `arrival` and `graft`) are the verbs; `stream` reads streams as they
 //! pass; `resume` knows tokens; `view` mounts; `journal` holds what takes several steps; `trash` destroys.
 //! # How a verb is atomic
@@ -34,8 +35,10 @@ mod resume;
 mod snapshot;
 mod split;
 mod stream;
+mod touches;
 mod trash;
 mod view;
+mod volume;
 
 use self::pool::Pool;
 use super::PoolSpec;
@@ -111,7 +114,7 @@ impl ZfsDriver {
         work: impl FnOnce(&Arc<Pool>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let pool = Arc::clone(&self.pool);
-        run(operation, move || work(&pool)).await
+        run(operation, move || pool.forgetting(work(&pool))).await
     }
 }
 

@@ -33,6 +33,7 @@ use super::{
     program::{Class, Programs, Trouble, unless},
     property,
     view::Views,
+    volume::Known,
 };
 use crate::{
     delta::DeltaFormat,
@@ -88,6 +89,7 @@ pub(super) struct Pool {
     pub(super) programs: Programs,
     pub(super) abilities: Abilities,
     pub(super) views: Views,
+    pub(super) known: Known,
     root: String,
     runtime: PathBuf,
     capabilities: Capabilities,
@@ -130,6 +132,7 @@ impl Pool {
             programs,
             abilities,
             views: Views::default(),
+            known: Known::default(),
             root,
             runtime,
             capabilities,

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::touches::Touches;
 use crate::{
     command::{self, CommandError, Input, Running},
     error::{Error, ErrorKind},
@@ -188,16 +189,20 @@ impl Trouble {
 #[derive(Debug)]
 pub(super) struct Programs {
     lock: File,
+    pub(super) touches: Touches,
 }
 
 impl Programs {
     pub(super) fn new(lock: File) -> Self {
-        Self { lock }
+        Self { lock, touches: Touches::default() }
     }
 
     /// Runs `zfs` to its end.
     pub(super) fn zfs<A: AsRef<OsStr>>(&self, arguments: &[A]) -> Result<Vec<u8>, Trouble> {
-        self.run("zfs", arguments)
+        self.touches.count(arguments);
+        let done = self.run("zfs", arguments);
+        self.touches.count(arguments);
+        done
     }
 
     /// Runs a program to its end.
@@ -285,8 +290,10 @@ mod tests {
         include_str!("resume.rs"),
         include_str!("snapshot.rs"),
         include_str!("split.rs"),
+        include_str!("touches.rs"),
         include_str!("trash.rs"),
         include_str!("view.rs"),
+        include_str!("volume.rs"),
     ];
 
     #[test]

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::{
     arrival::Arrival,
-    catalog::{self, StoredSnapshot, Volume, options},
+    catalog::{self, options},
     delta::features,
     graft::Graft,
     journal::{Note, ReceiveNote, Swap, receive_key},
@@ -28,6 +28,7 @@ use super::{
     pool::Pool,
     program::{Class, Trouble},
     resume, run,
+    volume::{StoredSnapshot, Volume},
 };
 use crate::{
     delta::{DeltaFormat, Partial, ReceiveRequest, Receiving, ResumePoint},
@@ -47,7 +48,7 @@ pub(super) const GOODBYE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub(super) enum Destination {
     /// A volume that is there.
-    Volume(Box<Volume>),
+    Volume(Arc<Volume>),
     /// A volume that the commit makes.
     New,
 }
@@ -99,13 +100,13 @@ impl Pool {
         }
         self.check_record(OPERATION, &request.volume)?;
         let slot = Slot::take(self, id)?;
-        let destination = match self.volume(OPERATION, id) {
-            Ok(volume) => Destination::Volume(Box::new(volume)),
+        let destination = match self.known(OPERATION, id) {
+            Ok(volume) => Destination::Volume(volume),
             Err(error) if matches!(error.kind, ErrorKind::NotFound) => Destination::New,
             Err(error) => return Err(error),
         };
         if let Destination::Volume(volume) = &destination
-            && volume.all.iter().any(|it| it.snapshot() == Some(&object.to_string()))
+            && volume.has(object)
         {
             return Err(Error::new(OPERATION, object, ErrorKind::AlreadyExists));
         }
@@ -225,7 +226,7 @@ impl Pool {
             .all
             .iter()
             .rev()
-            .map_while(|it| it.snapshot())
+            .map(|it| it.name.as_str())
             .take_while(|name| newest(&now).is_none_or(|newest| *name != newest.to_string()));
         let strange: Vec<&str> = strange.filter(|name| !catalog::is_passing(name)).collect();
         if newest(&now) != newest(volume) || !strange.is_empty() {
@@ -334,10 +335,10 @@ struct Work {
 
 impl Work {
     fn take(&mut self, chunk: Bytes) -> Result<()> {
-        match &mut self.taker {
+        self.task.pool.forgetting(match &mut self.taker {
             Taker::Native(arrival) => arrival.write(&self.task, &chunk),
             Taker::Tree(graft) => graft.write(chunk),
-        }
+        })
     }
 }
 
@@ -362,10 +363,10 @@ impl Receiving for ZfsReceiving {
         let Work { taker, task } = self.intake.into_work().await?;
         run(OPERATION, move || {
             let stored = match taker {
-                Taker::Native(arrival) => arrival.commit(&task)?,
-                Taker::Tree(graft) => graft.commit(&task)?,
+                Taker::Native(arrival) => arrival.commit(&task),
+                Taker::Tree(graft) => graft.commit(&task),
             };
-            Ok(stored.held(task.request.volume.id))
+            Ok(task.pool.forgetting(stored)?.held(task.request.volume.id))
         })
         .await
     }

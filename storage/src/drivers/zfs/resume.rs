@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{catalog::Volume, pool::Pool};
+use super::{pool::Pool, volume::Volume};
 use crate::{
     delta::{DeltaRequest, RESUME_POINT_LIMIT, ResumePoint},
-    error::Result,
+    model::SnapshotKey,
 };
 
 /// Reads a token out of a resume point: four hexadecimal numbers parted by dashes, and nothing that a program could take
@@ -66,11 +66,14 @@ impl Pool {
         }
         let said = self.decode_token(token);
         let guid = |key: &str| said.get(key).and_then(|text| number(text));
-        if guid("toguid").is_none() || guid("toguid") != volume.guid_of(request.target.snapshot) {
+        let look = |key: SnapshotKey| match volume.guid_of(key.snapshot).filter(|_| key.volume == volume.id()) {
+            Some(guid) => Ok(guid),
+            None => self.guid_of("read delta of", key).map_err(|error| error.to_string()),
+        };
+        if guid("toguid").is_none() || guid("toguid") != Some(look(request.target)?) {
             return Err("it is of another snapshot".to_owned());
         }
-        let base: Result<Option<u64>> = request.base.map(|base| self.guid_of("read delta of", base)).transpose();
-        let base = base.map_err(|error| error.to_string())?;
+        let base = request.base.map(look).transpose()?;
         if guid("fromguid").filter(|guid| *guid != 0) != base {
             return Err("it builds on another snapshot".to_owned());
         }

@@ -5,11 +5,12 @@ use std::{collections::BTreeSet, fs::File, io, path::Path, sync::Arc};
 use rustix::fs::OFlags;
 
 use super::{
-    catalog::{PENDING, StoredSnapshot, Volume},
+    catalog::PENDING,
     pool::Pool,
     program::Trouble,
     stream::Reader,
     view::is_mounted,
+    volume::{StoredSnapshot, Volume},
 };
 use crate::{
     command::Input,
@@ -72,28 +73,34 @@ impl Drop for Taken<'_> {
 impl Pool {
     /// Takes all snapshots first, so that nothing is published when one of them fails.
     pub(super) fn snapshot(self: &Arc<Self>, requests: &[SnapshotRequest]) -> Result<Vec<SnapshotReport>> {
-        let volumes = requests.iter().map(|request| self.volume(OPERATION, request.volume));
-        let volumes = volumes.collect::<Result<Vec<Volume>>>()?;
+        self.again_if_gone(|| self.try_snapshot(requests))
+    }
+
+    fn try_snapshot(self: &Arc<Self>, requests: &[SnapshotRequest]) -> Result<Vec<SnapshotReport>> {
+        let volumes = requests.iter().map(|request| self.known(OPERATION, request.volume));
+        let volumes = volumes.collect::<Result<Vec<_>>>()?;
         for (request, volume) in requests.iter().zip(&volumes) {
-            let name = request.snapshot.id.to_string();
-            if volume.all.iter().any(|it| it.snapshot() == Some(&name)) {
+            if volume.has(request.snapshot.id) {
                 return Err(Error::new(OPERATION, request.snapshot.id, ErrorKind::AlreadyExists));
             }
             self.sync_head(OPERATION, volume)?;
         }
+        let before: Vec<_> = requests.iter().map(|request| self.before_adding(request.volume)).collect();
         let mut taken = self.take(requests)?;
         fault::point("zfs.snapshot.taken");
         let described = requests.iter().zip(&volumes).map(|(request, volume)| self.describe(request, volume));
         let described = described.collect::<Result<Vec<_>>>()?;
+        drop(volumes);
         let _publishing = self.publishing();
         fault::point("zfs.snapshot.before-publish");
         let mut reports = Vec::new();
-        for (stored, request) in described.into_iter().zip(requests) {
+        for ((stored, request), before) in described.into_iter().zip(requests).zip(before) {
             let name = self.snapshot_name(SnapshotKey { volume: request.volume, snapshot: request.snapshot.id });
             let found = super::listing::Found { name: name.clone(), ..Default::default() };
             self.write_record(OPERATION, "snapshot", &found, &stored)?;
             taken.names.retain(|it| *it != name);
             fault::point("zfs.snapshot.published");
+            self.added(before, &stored, None, false);
             reports.push(SnapshotReport { held: stored.held(request.volume), warnings: Vec::new() });
         }
         Ok(reports)

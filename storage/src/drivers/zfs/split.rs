@@ -54,7 +54,7 @@ impl Pool {
         let attached = self.is_attached(|key| key.volume == keep.volume, Some(keep.volume));
         refuse_blocked(OPERATION, keep.volume, Blockers { attached, ..Blockers::default() })?;
         let moved = volume.snapshots[at + 1..].iter().map(|stored| stored.snapshot.id).collect();
-        let split = Split { record: volume.record, keep: keep.snapshot, fork: fork.clone(), moved };
+        let split = Split { record: volume.record.clone(), keep: keep.snapshot, fork: fork.clone(), moved };
         let _publishing = self.publishing();
         fault::point("zfs.split.before-journal");
         self.note(OPERATION, &Note::Split(Box::new(split.clone())))?;

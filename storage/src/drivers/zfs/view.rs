@@ -154,6 +154,7 @@ impl Pool {
     pub(super) fn mount_head(&self, operation: &'static str, volume: VolumeId) -> Result<PathBuf> {
         let dataset = self.volume_dataset(volume);
         let path = self.mount_point(&dataset);
+        self.set_level(volume, false);
         if !is_mounted(&path) {
             self.mount(&dataset).map_err(|trouble| trouble.into_error(operation, volume))?;
         }
