@@ -93,6 +93,7 @@ async fn datagrams_become_as_large_as_the_path_carries_and_stay_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transfer_that_is_cut_again_and_again_gives_the_same_bytes() {
+    let mut cuts = 0;
     for seed in 0..12 {
         let mut rng = StdRng::seed_from_u64(seed);
         println!("seed {seed}");
@@ -100,7 +101,6 @@ async fn a_transfer_that_is_cut_again_and_again_gives_the_same_bytes() {
         let (mut source, mut sink) = (Pieces::new(data.clone(), rng.random_range(1_000..400_000)), Collect::new());
         let (mut outgoing, mut incoming) = (Outgoing::new(OutgoingLimits::default()), Incoming::new());
         let pair = Pair::new();
-        let mut cuts = 0;
         loop {
             let (client, server) = pair.connect().await;
             let cut_after = incoming.next_sequence() + rng.random_range(0..6);
@@ -133,9 +133,10 @@ async fn a_transfer_that_is_cut_again_and_again_gives_the_same_bytes() {
                 }
             }
         }
-        assert!(cuts > 2, "{cuts}");
         assert!(*sink.data.lock().unwrap() == data, "seed {seed}");
     }
+    // What has arrived when the line is cut is consumed none the less, so that large pieces are through after few cuts.
+    assert!(cuts > 24, "{cuts}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

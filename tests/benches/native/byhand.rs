@@ -105,22 +105,37 @@ impl ByHand {
 
     /// Sends a snapshot, whole or as the difference to another that is there.
     pub(crate) fn send(&self, ssh: &Ssh, base: Option<&str>, name: &str) -> Duration {
+        let flags = match (self, base) {
+            (_, None) => String::new(),
+            (Self::Btrfs { sender, .. }, Some(base)) => format!("-p {}/{base} ", sender.display()),
+            (Self::Zfs { .. }, Some(base)) => format!("-i @{base} "),
+        };
+        self.pipe(ssh, &flags, name)
+    }
+
+    /// Sends all snapshots, of which the first is there: by one stream on ZFS, by one for each on btrfs.
+    pub(crate) fn send_all(&self, ssh: &Ssh, names: &[String]) -> Duration {
+        match (self, names) {
+            (Self::Zfs { .. }, [first, .., last]) => self.pipe(ssh, &format!("-I @{first} "), last),
+            (_, names) => names.windows(2).map(|pair| self.send(ssh, Some(&pair[0]), &pair[1])).sum(),
+        }
+    }
+
+    fn pipe(&self, ssh: &Ssh, flags: &str, name: &str) -> Duration {
         let remote = ssh.command_line("localhost");
         match self {
             Self::Btrfs { sender, receiver } => {
                 let (from, to) = (sender.display(), receiver.display());
-                let parent = base.map(|base| format!("-p {from}/{base} ")).unwrap_or_default();
                 timed(&format!(
-                    "btrfs -q send {parent}{from}/{name} | zstd -q -1 | \
+                    "btrfs -q send {flags}{from}/{name} | zstd -q -1 | \
                      {remote} 'set -o pipefail; zstd -q -d | btrfs -q receive {to}/received && sync -f {to}'"
                 ))
             }
             Self::Zfs { sender, receiver, .. } => {
                 let (from, to) = (dataset(sender), dataset(receiver));
-                let base = base.map(|base| format!("-i @{base} ")).unwrap_or_default();
                 let [send, receive] = [sender, receiver].map(|host| words(&host.command(Path::new("zfs"))));
                 timed(&format!(
-                    "{send} send {base}{from}@{name} | zstd -q -1 | \
+                    "{send} send {flags}{from}@{name} | zstd -q -1 | \
                      {remote} 'set -o pipefail; zstd -q -d | {receive} receive -u {to}'"
                 ))
             }
@@ -171,18 +186,18 @@ impl ByHand {
     }
 
     /// Takes away what was sent: these snapshots, in this order.
-    pub(crate) fn forget(&self, names: &[&str]) {
+    pub(crate) fn forget<N: AsRef<str>>(&self, names: &[N]) {
         match self {
             Self::Btrfs { receiver, .. } => {
                 let received = receiver.join("received");
                 for name in names {
-                    run(Command::new("btrfs").args(["-q", "subvolume", "delete"]).arg(received.join(name)));
+                    run(Command::new("btrfs").args(["-q", "subvolume", "delete"]).arg(received.join(name.as_ref())));
                 }
                 run(Command::new("btrfs").args(["-q", "subvolume", "sync"]).arg(receiver));
             }
             Self::Zfs { receiver, .. } => {
                 let received = dataset(receiver);
-                for name in names.iter().map(|name| format!("{received}@{name}")).chain([received.clone()]) {
+                for name in names.iter().map(|name| format!("{received}@{}", name.as_ref())).chain([received.clone()]) {
                     // zfs-fuse is busy with it for a moment after the receive.
                     wait_until("what was sent is destroyed", SHORT, || {
                         let output = receiver.command(Path::new("zfs")).args(["destroy", &name]).output().ok()?;

@@ -32,6 +32,8 @@ struct Settings {
     scale: f64,
     /// `FLOCKER_BENCH_SNAPSHOTS`: how many there are to list, 10,000 at full size. Taking them is what lasts.
     snapshots: u64,
+    /// `FLOCKER_BENCH_STEPS`: how many small snapshots go in one push, 100 at full size.
+    steps: u64,
     /// `FLOCKER_BENCH_RUNS`: how often each contender runs.
     runs: usize,
     /// `FLOCKER_BENCH_CASES`: some of `btrfs,zfs`.
@@ -42,10 +44,11 @@ impl Settings {
     fn read() -> Self {
         let text = |name: &str| std::env::var(name).ok();
         let scale = text("FLOCKER_BENCH_SCALE").and_then(|text| text.parse().ok()).unwrap_or(1.0);
-        let snapshots = text("FLOCKER_BENCH_SNAPSHOTS").and_then(|text| text.parse().ok());
+        let number = |name: &str| text(name).and_then(|text| text.parse().ok());
         Self {
             scale,
-            snapshots: snapshots.unwrap_or((10_000.0 * scale) as u64),
+            snapshots: number("FLOCKER_BENCH_SNAPSHOTS").unwrap_or((10_000.0 * scale) as u64),
+            steps: number("FLOCKER_BENCH_STEPS").unwrap_or((100.0 * scale) as u64).max(1),
             runs: text("FLOCKER_BENCH_RUNS").and_then(|text| text.parse().ok()).unwrap_or(3).max(1),
             cases: text("FLOCKER_BENCH_CASES").unwrap_or_else(|| "btrfs,zfs".to_owned()),
         }
@@ -94,6 +97,7 @@ fn measure(case: &str, settings: &Settings) {
     }
     println!("{}:", by_hand.name());
     deltas(settings, &ssh, &by_hand, a, b);
+    steps(settings, &ssh, &by_hand, a);
     tiny(settings, a, b);
     listing(settings, a);
     let peak = |node: &Node| node.peak_resident_bytes() >> 20;
@@ -144,6 +148,34 @@ fn deltas(settings: &Settings, ssh: &Ssh, by_hand: &ByHand, a: &Node, b: &Node) 
     }
     show(&format!("first push of {} MiB", bytes / MEBIBYTE), &mut first);
     show("1 % of it changed", &mut delta);
+}
+
+/// Many small snapshots in one push.
+fn steps(settings: &Settings, ssh: &Ssh, by_hand: &ByHand, a: &Node) {
+    let mount = a.create_mounted("steps");
+    let names: Vec<String> = (0..=settings.steps).map(|step| format!("t{step}")).collect();
+    for name in &names {
+        for head in [&mount, &by_hand.head()] {
+            fs::write(head.join("small"), name).unwrap();
+        }
+        a.cli(&["snapshot", &format!("steps@{name}")]).ok();
+        by_hand.snapshot(name);
+    }
+    let mut times = <[Vec<f64>; 3]>::default();
+    for run in 0..settings.runs {
+        let copy = format!("steps-{run}");
+        push(a, "steps@t0", &copy);
+        times[0].push(push(a, &format!("steps@t{}", settings.steps), &copy).0);
+        by_hand.send(ssh, None, "t0");
+        times[1].push(by_hand.send_all(ssh, &names).as_secs_f64());
+        by_hand.forget(&names);
+        if by_hand.has_syncoid() {
+            by_hand.send(ssh, None, "t0");
+            times[2].extend(by_hand.syncoid(ssh).map(|took| took.as_secs_f64()));
+            by_hand.forget(&names);
+        }
+    }
+    show(&format!("{} snapshots, a small file changed before each", settings.steps), &mut times);
 }
 
 /// Pushes under a name; returns the time in seconds and what travelled.
