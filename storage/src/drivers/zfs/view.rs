@@ -141,9 +141,10 @@ impl Pool {
         Ok(())
     }
 
-    /// By the system's call. Where that is refused the program tries, and has words for why not.
+    /// By the system's call. Where that is refused the program tries, and has words for why not. For zfs-fuse always the program: unmounted
+    /// the moment after the last file was closed, it now and then answers nobody any more (4 of some 80 tests; none of 80 with the program).
     fn unmount_once(&self, path: &Path) -> std::result::Result<(), Trouble> {
-        if rustix::mount::unmount(path, UnmountFlags::NOFOLLOW).is_ok() {
+        if self.abilities.modern && rustix::mount::unmount(path, UnmountFlags::NOFOLLOW).is_ok() {
             return Ok(());
         }
         let words = ["--".as_ref(), path.as_os_str()];
