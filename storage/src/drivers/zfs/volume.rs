@@ -155,6 +155,8 @@ impl Pool {
         let id = volume.id();
         let mut known = locked(&self.known.0);
         if !volume.orphans.is_empty() || self.mark(id) != mark {
+            // What was seen before does not outlive a newer look.
+            known.remove(&id);
             return;
         }
         let newest = |volume: &Volume| volume.newest().map(|newest| newest.snapshot.id);
