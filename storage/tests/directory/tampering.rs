@@ -4,6 +4,7 @@ use std::{
     fs, io,
     os::unix::fs::{FileExt, PermissionsExt},
     path::Path,
+    time::Duration,
 };
 
 use flocker_storage::{
@@ -17,6 +18,27 @@ use super::{arriving, delta_bytes, record, take, tree, volume_in};
 
 /// A way to change a snapshot's tree behind the node's back.
 type Tampering = fn(&Path) -> io::Result<()>;
+
+/// How long before a snapshot its files were written: files that were written in the moment before are read by the next
+/// one, the others are judged by their stats and linked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Age {
+    Fresh,
+    Settled,
+}
+
+/// Waits for the file system's clock to leave a file behind by more than what counts as the same moment (50 ms).
+fn settle(file: &Path) {
+    let probe = tempfile::NamedTempFile::new_in(file.parent().unwrap()).unwrap();
+    let written = fs::metadata(file).unwrap().modified().unwrap();
+    let now = || {
+        probe.as_file().write_all_at(b"x", 0).unwrap();
+        probe.as_file().metadata().unwrap().modified().unwrap()
+    };
+    while now() <= written + Duration::from_millis(60) {
+        std::thread::yield_now();
+    }
+}
 
 #[tokio::test]
 async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
@@ -60,7 +82,7 @@ async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
             fs::write(tree.join("sub"), "")
         }),
     ];
-    for (path, words, tamper) in ways {
+    for ((path, words, tamper), age) in ways.into_iter().flat_map(|way| [(way, Age::Fresh), (way, Age::Settled)]) {
         let place = tempfile::tempdir().unwrap();
         let (driver, volume, head) = volume_in(place.path()).await;
         fs::write(head.join("a"), "1").unwrap();
@@ -69,6 +91,9 @@ async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
         std::os::unix::fs::symlink("target", head.join("link")).unwrap();
         let one = take(&*driver, volume.id).await;
         fs::write(head.join("new"), "2").unwrap();
+        if age == Age::Settled {
+            settle(&head.join("new"));
+        }
         let two = take(&*driver, volume.id).await;
         tamper(&tree(place.path(), &two)).unwrap();
         let findings = driver.verify(two.key(), Compare::Metadata).await.unwrap();
@@ -82,9 +107,14 @@ async fn tampering_with_a_snapshot_is_noticed_and_not_carried_on() {
         let clone = VolumeRecord { origin: Some(two.key()), ..record("clone") };
         is_noticed((*driver).clone_from(&clone).await.unwrap_err());
         let three = take(&*driver, volume.id).await;
-        assert_eq!(fs::read_to_string(tree(place.path(), &three).join("a")).unwrap(), "1", "{path} {words}");
-        assert_eq!(rustix::fs::getxattr(tree(place.path(), &three).join(path), "user.x", &mut [0; 8]).ok(), None);
-        assert!(!tree(place.path(), &three).join("extra").exists());
+        let three = tree(place.path(), &three);
+        let case = format!("{path} {words} {age:?}");
+        assert_eq!(fs::read_to_string(three.join("a")).unwrap(), "1", "{case}");
+        let mode = |name| fs::symlink_metadata(three.join(name)).unwrap().permissions().mode();
+        assert_eq!((mode("a"), mode("sub") & 0o170_000), (0o100_640, 0o040_000), "{case}");
+        assert_eq!(fs::read_link(three.join("link")).unwrap(), Path::new("target"), "{case}");
+        assert_eq!(rustix::fs::getxattr(three.join(path), "user.x", &mut [0; 8]).ok(), None, "{case}");
+        assert!(!three.join("extra").exists(), "{case}");
     }
 }
 

@@ -205,8 +205,7 @@ impl Making {
             return self.copy(&entry);
         }
         // A further name of an inode is linked inside the new tree, never to the previous one: that keeps the groups.
-        let linkable = !matches!(entry.kind, EntryKind::Directory | EntryKind::HardLink { .. });
-        if linkable
+        if is_linkable(&entry.kind)
             && let Some(previous) = &self.previous
             && matches!(self.copier.link(previous, &entry), Ok(How::Linked))
         {
@@ -263,8 +262,9 @@ fn write_inventory(stage: &Stage, previous: Previous) -> Result<bool> {
     while let Some(entry) = walk.next() {
         let entry = entry?;
         let record = walk.recorded();
-        let linked = previous == Previous::Linked && matches!(entry.kind, EntryKind::File { .. });
-        if linked && record.is_some_and(|record| !is_faithful(&entry, &record.entry)) {
+        // What lies there may be of another kind by now; what was to lie there says whether it may have been linked.
+        let linked = record.filter(|record| previous == Previous::Linked && is_linkable(&record.entry.kind));
+        if linked.is_some_and(|record| !is_faithful(&entry, &record.entry)) {
             return Ok(false);
         }
         let digest = record.and_then(|record| record.digest);
@@ -272,6 +272,11 @@ fn write_inventory(stage: &Stage, previous: Previous) -> Result<bool> {
     }
     writer.finish()?;
     Ok(true)
+}
+
+/// Tells whether an entry that did not change becomes a further name of the previous snapshot's.
+fn is_linkable(kind: &EntryKind) -> bool {
+    !matches!(kind, EntryKind::Directory | EntryKind::HardLink { .. })
 }
 
 /// Compares what even a user who may not set owners can keep.
