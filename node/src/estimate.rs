@@ -15,6 +15,7 @@ use flocker_storage::{
     model::SnapshotKey,
 };
 use flocker_transport::Expected;
+use tokio::time::Instant;
 
 use crate::{daemon::Node, problem, transfers::Job};
 
@@ -23,6 +24,9 @@ const ESTIMATE_AFTER: Duration = Duration::from_secs(1);
 /// The most deltas that the driver is asked about. Of more snapshots it is asked about some, from the first to the last, and the
 /// others count as much as the one before them.
 const ASKED_STEPS: usize = 64;
+/// How long a push that runs asks about one step after the other, as some drivers have to read much for an answer; a dry run
+/// asks until it knows.
+const ASKING: Duration = Duration::from_secs(1);
 
 /// What is known of the lengths of a transfer's deltas, and who waits to know.
 #[derive(Default)]
@@ -83,7 +87,7 @@ pub(crate) async fn estimate(
     }
     let before = job.map_or(0, |job| job.resource().progress.delta_bytes);
     tokio::time::sleep(ESTIMATE_AFTER).await;
-    let Some(lengths) = lengths(node, compare, steps).await else { return };
+    let Some(lengths) = lengths(node, compare, steps, Some(Instant::now() + ASKING)).await else { return };
     match job {
         Some(job) => job.expects(before + lengths.iter().sum::<u64>()),
         None => expectations.know(&lengths),
@@ -95,17 +99,18 @@ pub(crate) async fn beforehand(node: &Node, compare: Compare, steps: &[Step]) ->
     if node.is_simulated || steps.is_empty() {
         return None;
     }
-    Some(lengths(node, compare, steps).await?.iter().sum())
+    Some(lengths(node, compare, steps, None).await?.iter().sum())
 }
 
-/// Asks how long the delta of each step is.
-async fn lengths(node: &Node, compare: Compare, steps: &[Step]) -> Option<Vec<u64>> {
+/// Asks how long the delta of each step is. From a time on no further step is asked about.
+async fn lengths(node: &Node, compare: Compare, steps: &[Step], until: Option<Instant>) -> Option<Vec<u64>> {
+    let is_late = || until.is_some_and(|until| Instant::now() >= until);
     let mut lengths: Vec<u64> = Vec::with_capacity(steps.len());
     for (number, step) in steps.iter().enumerate() {
         let length = match (step.base, lengths.last()) {
             (None, _) => step.snapshot.logical_bytes,
             // The first step may be a full copy, which says nothing about others.
-            (Some(_), Some(last)) if number > 1 && !is_asked_about(number, steps.len()) => *last,
+            (Some(_), Some(last)) if number > 1 && (is_late() || !is_asked_about(number, steps.len())) => *last,
             (Some(base), _) => length_of(node, base.on_sender, step, compare).await?,
         };
         lengths.push(length);

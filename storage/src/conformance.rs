@@ -36,10 +36,6 @@ pub trait Fixture: Send + Sync {
     /// Puts something that no driver made beside the volumes of a pool that is not open, and returns whether `scan` must
     /// list it. `false`: this driver has no place where a stranger's things could lie.
     fn plant_stranger(&self, pool: &str) -> bool;
-    /// Tells whether the driver can estimate deltas here.
-    fn estimates(&self) -> bool {
-        true
-    }
 }
 
 /// The name of a case and the case.

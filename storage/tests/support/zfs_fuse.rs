@@ -294,11 +294,6 @@ impl Fixture for ZfsPlace {
         self.host.zfs(&["create", "-o", "mountpoint=none", &format!("{}/strangers", self.dataset(pool))]);
         true
     }
-
-    // zfs-fuse knows no `zfs send -n`.
-    fn estimates(&self) -> bool {
-        !self.host.is_fuse()
-    }
 }
 
 impl Drop for ZfsPlace {

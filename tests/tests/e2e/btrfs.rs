@@ -282,3 +282,36 @@ fn a_portable_receive_into_btrfs_goes_on_after_both_daemons_were_killed() {
     assert_eq!(transfer["progress"]["resumed"], 1, "{transfer}");
     assert_equal(&mount, &b.mount("db"));
 }
+
+#[test]
+fn a_push_of_a_small_change_takes_few_programs() {
+    if !require("btrfs") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let pools = ["a", "b"].map(|name| scratch.mount(FileSystem::Btrfs, name, 256).join("pool"));
+    let options = pools.map(|pool| with_pool(format!("btrfs:{}", pool.display())));
+    let mut cluster = Cluster::with(scratch, options.to_vec());
+    for node in &mut cluster.nodes {
+        node.log_filter = Some("info,flocker_storage::command=debug".to_owned());
+        node.stop();
+        node.start();
+    }
+    let (a, b) = cluster.pair();
+    let programs = || [&*a, &*b].map(|node: &Node| node.log_text().matches("starts a program").count());
+    let mount = a.create_mounted("db");
+    let mut pushes = Vec::new();
+    for number in 1..=5 {
+        fs::write(mount.join("file"), number.to_string()).unwrap();
+        let snapshot = format!("db@s{number}");
+        a.cli(&["snapshot", &snapshot]).ok();
+        let before = programs();
+        a.push(&snapshot, "host-b");
+        let after = programs();
+        pushes.push([after[0] - before[0], after[1] - before[1]]);
+    }
+    // Of an increment the sender starts `send` only. The receiver copies the base, looks whether it is as it was, asks the copy for
+    // its name, receives, reads what arrived, and deletes the copy, which may fall into the next push.
+    let increments = &pushes[1..];
+    assert!(increments.iter().all(|[sender, receiver]| *sender == 1 && (5..=7).contains(receiver)), "{pushes:?}");
+}

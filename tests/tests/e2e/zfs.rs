@@ -201,6 +201,41 @@ fn a_start_takes_as_many_programs_whatever_the_pool_holds() {
     assert_eq!(array(&node.cli(&["snapshots", "mail"]).ok().json()).len(), 3);
 }
 
+/// Natively, and to a directory. On zfs-fuse the stream is counted, OpenZFS is asked.
+#[test]
+fn a_dry_run_says_how_much_would_be_sent_before_anything_is() {
+    let scratch = Scratch::new();
+    let Some(hosts) = ZfsHost::pair(&scratch) else { return };
+    let [left, right] = &hosts;
+    // The third node lives on the second one's host, with another pool.
+    let listen = right.options().listen.map(|mut address| {
+        address.set_port(address.port() + 1);
+        address
+    });
+    let beside = Options { host: Some(right.clone()), listen, ..on_directory(&scratch) };
+    let mut cluster = Cluster::with(scratch, vec![left.options(), right.options(), beside]);
+    let a = &mut cluster.nodes[0];
+    let mount = a.create_mounted("db");
+    write_random(&mount.join("stays"), 230, 6 * MEBIBYTE);
+    a.cli(&["snapshot", "db@one"]).ok();
+    for number in [231, 232] {
+        write_random(&mount.join("changes"), number, MEBIBYTE);
+        a.cli(&["snapshot", &format!("db@s{number}")]).ok();
+    }
+    for peer in ["host-b", "host-c"] {
+        a.wait_knows(peer);
+        a.push("db@one", peer);
+
+        let dry = a.cli(&["push", "db@s232", peer, "--dry-run"]).ok().json();
+        let sent = delta_bytes(&a.push("db@s232", peer));
+
+        let expected = dry["progress"]["expected_bytes"].as_u64().unwrap_or_else(|| panic!("no estimate in {dry}"));
+        assert_eq!(delta_bytes(&dry), 0, "{dry}");
+        assert!(sent > 2 * MEBIBYTE, "{sent}");
+        assert!((sent - sent / 8..sent + sent / 4).contains(&expected), "{expected} of {sent} to {peer}");
+    }
+}
+
 #[test]
 fn history_goes_natively_between_zfs_pools() {
     let scratch = Scratch::new();

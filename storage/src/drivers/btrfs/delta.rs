@@ -99,17 +99,19 @@ impl Pool {
             let why = "the kernel's stream starts at its beginning only".to_owned();
             return Err(Error::new(OPERATION, object, ErrorKind::ResumeStale(why)));
         }
+        let error = match self.start_sending(version, request.base, request.target) {
+            Ok(sending) => return Ok(Source::Kernel(sending)),
+            Err(error) => error,
+        };
         self.refuse_tampered(OPERATION, request.target)?;
         let changed = request.base.map_or(Ok(None), |base| self.tampering(OPERATION, base))?;
+        let (Some(base), Some(what)) = (request.base, changed) else { return Err(error) };
         // What was written to the base here is not in the base there, and the kernel would not notice.
-        let base = request.base.filter(|_| changed.is_none());
-        let mut sending = self.start_sending(version, base, request.target)?;
-        if let (Some(what), Some(base)) = (changed, request.base) {
-            let name = |key| Ok(self.stored(OPERATION, key)?.snapshot.name);
-            let (base, target) = (name(base)?, name(request.target)?);
-            let what = format!("snapshot {target} is sent in full: {base}, which it builds on, was changed ({what})");
-            sending.findings.push(Finding { path: ".".to_owned(), what });
-        }
+        let mut sending = self.start_sending(version, None, request.target)?;
+        let name = |key| Ok(self.stored(OPERATION, key)?.snapshot.name);
+        let (base, target) = (name(base)?, name(request.target)?);
+        let what = format!("snapshot {target} is sent in full: {base}, which it builds on, was changed ({what})");
+        sending.findings.push(Finding { path: ".".to_owned(), what });
         Ok(Source::Kernel(sending))
     }
 

@@ -30,8 +30,8 @@ use super::{
     pool::{Pool, Stage},
     run,
     snapshot::{Totals, count},
-    stream::{Changes, Naming, Reader},
-    subvolume::{self, Mode, PROGRAM},
+    stream::{Changes, Header, Naming, Reader, StreamError},
+    subvolume::{self, Mode, PROGRAM, Trouble},
 };
 use crate::{
     command::{Input, Running},
@@ -169,8 +169,7 @@ impl Pool {
                 subvolume::snapshot(&self.tree_dir(base), &copy, Mode::ReadOnly)
                     .map_err(|error| failed(error.into_kind()))?;
                 self.refuse_tampered(OPERATION, base)?;
-                let shown = subvolume::show(&copy).map_err(|error| error.into_error(OPERATION, base.snapshot))?;
-                Some(shown.uuid)
+                Some(subvolume::uuid(&copy).map_err(|error| error.into_error(OPERATION, base.snapshot))?)
             }
         };
         let incoming = stage.path().join("incoming");
@@ -227,6 +226,8 @@ struct Stream {
 struct Arrived {
     totals: Totals,
     unchanged: bool,
+    /// What a subvolume that `btrfs receive` has finished is called.
+    received: Option<Uuid>,
 }
 
 impl Stream {
@@ -276,7 +277,7 @@ impl Stream {
         })
     }
 
-    /// Waits for the end and checks what came: one subvolume, read-only, marked as received, as large as announced.
+    /// Waits for the end and checks what came: one subvolume, as large as announced.
     fn finish(mut self, incoming: &Path, base: Option<PathBuf>) -> std::result::Result<Arrived, ErrorKind> {
         let corrupt = |what: &str| ErrorKind::Corrupt(what.to_owned());
         let (Some(totals), true) = (parse_preamble(&self.preamble), self.reader.has_ended()) else {
@@ -290,10 +291,6 @@ impl Stream {
             return Err(corrupt("the stream made something beside its subvolume"));
         }
         let tree = incoming.join(TREE);
-        let shown = subvolume::show(&tree).map_err(|error| corrupt(&error.to_string()))?;
-        if !shown.read_only || shown.received != Some(header.uuid) {
-            return Err(corrupt("the received subvolume is garbled: it was not finished"));
-        }
         let counted = count(OPERATION, &tree).map_err(|error| error.kind)?;
         if counted != totals {
             return Err(self.unfit(format!(
@@ -305,8 +302,22 @@ impl Stream {
             (Changes::OnlyTimes(touched), Some(base)) => subvolume::are_as_before(touched, &base),
             _ => false,
         };
-        Ok(Arrived { totals, unchanged })
+        Ok(Arrived { totals, unchanged, received: Some(header.uuid) })
     }
+}
+
+/// Reads what the kernel says of what arrived. `btrfs receive` names a subvolume after the sent one and makes it read-only
+/// last.
+fn header_of(tree: &Path, received: Option<Uuid>) -> std::result::Result<Header, Trouble> {
+    let is_garbled = |probed: &std::result::Result<Header, Trouble>| match probed {
+        Ok(header) => received.is_some_and(|received| received != header.uuid),
+        Err(trouble) => received.is_some() && trouble.is_of_writable(),
+    };
+    let probed = subvolume::probe(tree);
+    if is_garbled(&probed) {
+        return Err(StreamError("the received subvolume is garbled: it was not finished".to_owned()).into());
+    }
+    probed
 }
 
 /// An open receive. A dropped future leaves the work whole in its thread: it ends by itself and clears its place away.
@@ -394,12 +405,12 @@ impl Work {
                 subvolume::set_read_only(&tree, true)
                     .map_err(|error| Error::new(OPERATION, object, error.into_kind()))?;
                 let unchanged = request.base.map_or(Ok(false), |base| pool.is_as(base, &tree))?;
-                Arrived { totals: count(OPERATION, &tree)?, unchanged }
+                Arrived { totals: count(OPERATION, &tree)?, unchanged, received: None }
             }
         };
         // Receiving a subvolume changes it a last time; what is read now stays.
         pool.sync(OPERATION)?;
-        let header = subvolume::probe(&tree).map_err(|error| error.into_error(OPERATION, object))?;
+        let header = header_of(&tree, arrived.received).map_err(|error| error.into_error(OPERATION, object))?;
         let extends = pool.volume_dir(volume).exists();
         let parent = request.snapshot.parents.first().copied();
         let follows = request.base.is_some() && request.base.map(|base| base.snapshot) == parent;

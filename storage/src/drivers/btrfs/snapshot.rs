@@ -148,9 +148,7 @@ impl Pool {
             Ok(header) if header.uuid != stored.identity => Some("another subvolume lies in its place"),
             Ok(header) if header.ctransid != stored.ctransid => Some("it was written to"),
             Ok(_) => None,
-            Err(Trouble::Program(error)) if error.stderr().contains("is not read-only") => {
-                Some("it is no longer read-only")
-            }
+            Err(trouble) if trouble.is_of_writable() => Some("it is no longer read-only"),
             Err(error) => return Err(error.into_error(operation, key.snapshot)),
         };
         Ok(found.map(str::to_owned))

@@ -40,14 +40,6 @@ pub(super) enum Mode {
     Writable,
 }
 
-/// What `btrfs subvolume show` says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Shown {
-    pub(super) uuid: Uuid,
-    pub(super) received: Option<Uuid>,
-    pub(super) read_only: bool,
-}
-
 /// Why something about a subvolume could not be found out.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
@@ -57,6 +49,13 @@ pub(super) enum Trouble {
     Stream(#[from] StreamError),
     #[error("{0}")]
     Io(#[from] io::Error),
+}
+
+impl Trouble {
+    /// Tells whether `btrfs send` refused a subvolume because it may be written to.
+    pub(super) fn is_of_writable(&self) -> bool {
+        matches!(self, Self::Program(error) if error.stderr().contains("is not read-only"))
+    }
 }
 
 pub(super) fn is_subvolume(path: &Path) -> bool {
@@ -132,25 +131,18 @@ pub(super) fn wait_for_cleaner(path: &Path, at_most: Duration) -> Result<(), Com
     commit()
 }
 
-pub(super) fn show(path: &Path) -> Result<Shown, Trouble> {
+/// Returns a subvolume's own uuid, which a stream of a received one does not have.
+pub(super) fn uuid(path: &Path) -> Result<Uuid, Trouble> {
     let output =
         command::run(PROGRAM, &["subvolume".as_ref(), "show".as_ref(), text(path)]).map_err(Trouble::Program)?;
-    parse_show(&String::from_utf8_lossy(&output))
+    shown_uuid(&String::from_utf8_lossy(&output))
         .ok_or_else(|| io::Error::other("`btrfs subvolume show` said something unexpected").into())
 }
 
-fn parse_show(output: &str) -> Option<Shown> {
+fn shown_uuid(output: &str) -> Option<Uuid> {
     // The first line is a path, which may look like anything.
-    let value = |key: &str| {
-        let lines = output.lines().skip(1);
-        lines.filter_map(|line| line.trim().split_once(':')).find(|(it, _)| *it == key).map(|(_, value)| value.trim())
-    };
-    let received = match value("Received UUID")? {
-        "-" => None,
-        uuid => Some(uuid.parse().ok()?),
-    };
-    let read_only = value("Flags")?.split(' ').any(|flag| flag == "readonly");
-    Some(Shown { uuid: value("UUID")?.parse().ok()?, received, read_only })
+    let mut lines = output.lines().skip(1);
+    lines.find_map(|line| line.trim().strip_prefix("UUID:"))?.trim().parse().ok()
 }
 
 /// Starts to send a snapshot, relative to another one or whole.
@@ -288,13 +280,9 @@ mod tests {
 
     #[test]
     fn the_output_of_subvolume_show_is_read() {
-        let shown = parse_show(include_str!("testdata/show.txt")).unwrap();
-        assert_eq!(shown.uuid.to_string(), "306c0ec3-0c4e-8240-b6c3-e36cc18c52ea");
-        assert_eq!(shown.received.unwrap().to_string(), "fba6fa6d-54e5-0f43-adf1-26df73240f7f");
-        assert!(shown.read_only);
-        let local = include_str!("testdata/show.txt").replace("fba6fa6d-54e5-0f43-adf1-26df73240f7f", "-");
-        let shown = parse_show(&local.replace("readonly", "-")).unwrap();
-        assert_eq!((shown.received, shown.read_only), (None, false));
-        assert_eq!(parse_show("UUID: x"), None);
+        let shown = shown_uuid(include_str!("testdata/show.txt")).unwrap();
+        assert_eq!(shown.to_string(), "306c0ec3-0c4e-8240-b6c3-e36cc18c52ea");
+        assert_eq!(shown_uuid("UUID: 306c0ec3-0c4e-8240-b6c3-e36cc18c52ea"), None);
+        assert_eq!(shown_uuid("v\n\tUUID: x"), None);
     }
 }

@@ -161,12 +161,8 @@ impl Pool {
     }
 
     /// Asks `zfs send` how long the stream will be. Of the portable format it tells how long its own would be, uncompressed: the
-    /// blocks that changed are in both.
+    /// blocks that changed are in both. Only OpenZFS can tell.
     pub(super) fn estimate(&self, request: &DeltaRequest) -> Result<Option<u64>> {
-        if !self.abilities.modern {
-            // The `zfs send` of a zfs-fuse cannot tell.
-            return Ok(None);
-        }
         let volume = self.known(OPERATION, request.target.volume)?;
         let is_native = features(&request.format).is_some();
         let asked = DeltaRequest {

@@ -43,7 +43,7 @@ mod volume;
 use self::pool::Pool;
 use super::PoolSpec;
 use crate::{
-    delta::{Compare, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
+    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, Partial, ReceiveRequest, Receiving},
     driver::{Access, Capabilities, Driver, Finding, Scan, SnapshotReport, SnapshotRequest, Target, Usage},
     error::{Error, ErrorKind, Result},
     model::{HeadState, Lineage, SnapshotKey, VolumeId, VolumeRecord},
@@ -115,6 +115,23 @@ impl ZfsDriver {
     ) -> Result<T> {
         let pool = Arc::clone(&self.pool);
         run(operation, move || pool.forgetting(work(&pool))).await
+    }
+
+    /// Reads a stream to its end for its length: the `zfs send` of a zfs-fuse has no dry run. Of the portable format it reads
+    /// the stream that it would have sent in its place.
+    async fn count(&self, request: DeltaRequest) -> Result<Option<u64>> {
+        let is_native = delta::features(&request.format).is_some();
+        let resume = request.resume.clone().filter(|_| is_native);
+        let counted = DeltaRequest { format: DeltaFormat(FORMAT_1.into()), resume, ..request };
+        let mut reader = match self.read_delta(counted).await {
+            Err(Error { kind: ErrorKind::FormatUnfit(_), .. }) if !is_native => return Ok(None),
+            reader => reader?,
+        };
+        let mut length = 0;
+        while let Some(chunk) = reader.next().await? {
+            length += chunk.len() as u64;
+        }
+        Ok(Some(length))
     }
 }
 
@@ -205,6 +222,9 @@ impl Driver for ZfsDriver {
     }
 
     async fn estimate_delta(&self, request: DeltaRequest) -> Result<Option<u64>> {
+        if !self.pool.abilities.modern {
+            return self.count(request).await;
+        }
         self.with("estimate delta of", move |pool| pool.estimate(&request)).await
     }
 
