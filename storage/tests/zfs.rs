@@ -376,6 +376,38 @@ async fn an_increment_is_taken_whether_the_head_was_mounted_since_the_last_one_o
     assert_eq!(read_file(&*b, &base, "file").await, b"3");
 }
 
+/// A head that came by a receive is not compared before the next one, as nobody has mounted it since; the operator may have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_operator_writes_to_a_head_past_the_driver_is_kept() {
+    let Some(host) = ZfsHost::enter("what_an_operator_writes_to_a_head_past_the_driver_is_kept") else { return };
+    let Pair { a, b, native, place } = pair(&host).await;
+    let (volume, one) = with_one(&*a).await;
+    push((&*a, &*b), &volume, None, &one, &native).await.unwrap();
+    write(&*a, volume.id, "file", b"two").await;
+    let two = take(&*a, volume.id).await;
+    push((&*a, &*b), &volume, Some(&one), &two, &native).await.unwrap();
+    let dataset = format!("{}/volumes/{}", place.dataset("b"), volume.id);
+    let file = PathBuf::from(host.zfs(&["get", "-H", "-o", "value", "mountpoint", &dataset]).trim()).join("file");
+    host.zfs(&["set", "readonly=off", &dataset]);
+    host.zfs(&["mount", &dataset]);
+    fs::write(&file, "by hand").unwrap();
+    host.zfs(&["unmount", &dataset]);
+    write(&*a, volume.id, "file", b"three").await;
+    let three = take(&*a, volume.id).await;
+
+    let refusals = ["has been modified", "the head has changes that no snapshot holds"];
+    for words in refusals {
+        let error = push((&*a, &*b), &volume, Some(&two), &three, &native).await.unwrap_err();
+        assert!(matches!(&error.kind, ErrorKind::Unsupported(why) if why.contains(words)), "{error:?}");
+    }
+    assert_eq!(b.head_state(volume.id).await.unwrap(), HeadState::Dirty);
+    assert_eq!(b.lineage(volume.id).await.unwrap().tip().unwrap().snapshot, two.snapshot);
+    let target = Target::Head(volume.id);
+    let head = b.attach(target, Access::ReadWrite).await.unwrap();
+    assert_eq!(fs::read_to_string(head.join("file")).unwrap(), "by hand");
+    b.detach(target).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_in_a_file_is_made_imported_again_and_never_made_over_data() {
     let test = "a_pool_in_a_file_is_made_imported_again_and_never_made_over_data";

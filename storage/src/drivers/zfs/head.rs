@@ -206,14 +206,19 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes sure that a received snapshot may take the place of the head: nobody uses it, and it holds nothing of its own.
-    pub(super) fn head_gives_way(self: &Arc<Self>, operation: &'static str, volume: &Volume) -> Result<()> {
+    /// Makes sure that nobody uses the head.
+    pub(super) fn free_head(&self, operation: &'static str, volume: &Volume) -> Result<()> {
         let id = volume.id();
         refuse_blocked(operation, id, Blockers { attached: self.is_head_in_use(id), ..Blockers::default() })?;
-        self.unmount_head(operation, id)?;
+        self.unmount_head(operation, id)
+    }
+
+    /// Makes sure that a received snapshot may take the place of the head: nobody uses it, and it holds nothing of its own.
+    pub(super) fn head_gives_way(self: &Arc<Self>, operation: &'static str, volume: &Volume) -> Result<()> {
+        self.free_head(operation, volume)?;
         if !self.head_is_clean(operation, volume)? {
             let why = "the head has changes that no snapshot holds; take a snapshot of it first";
-            return Err(Error::new(operation, id, ErrorKind::Unsupported(why.to_owned())));
+            return Err(Error::new(operation, volume.id(), ErrorKind::Unsupported(why.to_owned())));
         }
         Ok(())
     }

@@ -119,7 +119,11 @@ impl Pool {
         }
         let going_on = self.reopen(&request)?;
         if let Destination::Volume(volume) = &destination {
-            self.head_gives_way(OPERATION, volume)?;
+            // What nobody has mounted since is what it was. Where somebody has, past us, ZFS refuses an increment by itself.
+            match native.is_some() && going_on.is_none() && self.is_level(id) {
+                true => self.free_head(OPERATION, volume)?,
+                false => self.head_gives_way(OPERATION, volume)?,
+            }
         }
         let task = Task { pool: Arc::clone(self), request, destination, _slot: slot };
         let taker = match native {
