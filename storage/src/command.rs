@@ -287,6 +287,20 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Reads what a program writes, behind what a buffer has: so many bytes or some more, and less only at the end.
+pub fn append(from: &ChildStdout, buffer: &mut Vec<u8>, length: usize) -> io::Result<()> {
+    let enough = buffer.len() + length;
+    buffer.reserve_exact(length);
+    while buffer.len() < enough {
+        match rustix::io::read(from, rustix::buffer::spare_capacity(buffer)) {
+            Ok(0) => break,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 /// Reads to the end, so that the program never waits, and keeps the beginning.
 fn keep(stderr: Option<impl Read>) -> String {
     let Some(mut stderr) = stderr else { return String::new() };

@@ -25,6 +25,7 @@ mod lock;
 pub mod memory;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
 mod partial;
+mod pieces;
 #[cfg(any(feature = "btrfs", feature = "directory"))]
 mod published;
 #[cfg(feature = "zfs")]

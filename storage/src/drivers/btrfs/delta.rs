@@ -25,7 +25,7 @@ use super::{
     subvolume::{self, PIECE, STREAM_VERSION},
 };
 use crate::{
-    command::Running,
+    command::{Running, append},
     delta::{DeltaFormat, DeltaReader, DeltaRequest},
     driver::Finding,
     error::{Error, ErrorKind, Result},
@@ -151,7 +151,7 @@ impl Pool {
                 return Err(failed(ErrorKind::Io(io::Error::other("btrfs send ended before its first command"))));
             }
             first.extend_from_slice(&buffer[..length]);
-            let taken = reader.take(&buffer[..length], &mut Vec::new());
+            let taken = reader.take(&buffer[..length]);
             taken.map_err(|error| failed(ErrorKind::Corrupt(error.to_string())))?;
         }
         let expected = Header {
@@ -180,16 +180,8 @@ impl Sending {
     fn next_chunk(&mut self) -> Result<Option<Bytes>> {
         let failed = |kind: ErrorKind| Error::new(OPERATION, "snapshot", kind);
         let mut chunk = std::mem::take(&mut self.first);
-        let filled = chunk.len();
-        chunk.resize(PIECE, 0);
-        let mut at = filled;
-        while at < PIECE {
-            match read(&mut self.stdout, &mut chunk[at..]).map_err(|error| failed(ErrorKind::from_io(error)))? {
-                0 => break,
-                length => at += length,
-            }
-        }
-        chunk.truncate(at);
+        let more = PIECE.saturating_sub(chunk.len());
+        append(&self.stdout, &mut chunk, more).map_err(|error| failed(ErrorKind::from_io(error)))?;
         if !chunk.is_empty() {
             return Ok(Some(chunk.into()));
         }

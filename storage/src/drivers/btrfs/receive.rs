@@ -179,7 +179,7 @@ impl Pool {
         let stdin = running.take_stdin();
         let reader = Reader::renaming(version, Naming { name: TREE, parent });
         let base = request.base.map(|base| Ok(self.stored(OPERATION, base)?.identity)).transpose()?;
-        Ok(Stream { running, stdin, preamble: Vec::new(), reader, base, out: Vec::new() })
+        Ok(Stream { running, stdin, preamble: Vec::new(), reader, base })
     }
 }
 
@@ -219,7 +219,6 @@ struct Stream {
     reader: Reader,
     /// What the base here is called, if it came by the kernel's format: as at the sender.
     base: Option<Uuid>,
-    out: Vec<u8>,
 }
 
 /// What arrived.
@@ -250,12 +249,11 @@ impl Stream {
                 return Err(ErrorKind::Corrupt("the stream is of another format".to_owned()));
             }
         }
-        self.out.clear();
-        self.reader.take(chunk, &mut self.out).map_err(|error| ErrorKind::Corrupt(error.to_string()))?;
+        let pieces = self.reader.take(chunk).map_err(|error| ErrorKind::Corrupt(error.to_string()))?;
         let Some(stdin) = &mut self.stdin else {
             return Err(ErrorKind::Corrupt("the receive failed before".to_owned()));
         };
-        match stdin.write_all(&self.out) {
+        match pieces.iter().try_for_each(|piece| stdin.write_all(piece)) {
             Ok(()) => Ok(()),
             // It ended early: its own words say why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(self

@@ -1,4 +1,5 @@
-//! The kernel's send stream, read command by command: nothing of a peer's stream reaches `btrfs receive` unread.
+//! The kernel's send stream, read command by command: no command of a peer's stream reaches `btrfs receive` before its head was
+//! read.
 //!
 //! Owns the framing (kernel: `fs/btrfs/send.h`), the few attributes that the driver decides by, and what it puts in their
 //! place. A stream is a magic and a version, then commands (`u32` length, `u16` kind, `u32` CRC-32C), each with attributes
@@ -6,9 +7,11 @@
 //! `ctransid`, the number of the last transaction that changed it, and the same of the parent of an incremental stream.
 //! Refuses to know programs and pools.
 
+use std::borrow::Cow;
+
 use uuid::Uuid;
 
-use crate::tree::entry::Time;
+use crate::{drivers::pieces::Pieces, tree::entry::Time};
 
 const MAGIC: &[u8; 13] = b"btrfs-stream\0";
 const STREAM_HEAD: usize = MAGIC.len() + 4;
@@ -94,13 +97,26 @@ enum State {
     Ended,
 }
 
+/// What is to be done with what comes next in a stream.
+enum Next {
+    /// It takes this many bytes from its beginning on to tell.
+    Needs(usize),
+    /// It is of this length, all there, and is looked at.
+    Item(usize),
+    /// It is of this length, and passed on unseen but for its head.
+    Passed(usize),
+}
+
 /// Reads a stream that is cut anywhere.
 #[derive(Debug)]
 pub(super) struct Reader {
     state: State,
     highest_version: u32,
     last_kind: u16,
-    buffer: Vec<u8>,
+    /// The beginning of what cannot be judged yet.
+    held: Vec<u8>,
+    /// How much is still to come of a command that is passed on as it is.
+    passing: usize,
     header: Option<Header>,
     changes: Changes,
     naming: Option<Naming>,
@@ -110,8 +126,8 @@ impl Reader {
     /// Reads a stream of a version up to this one as it is.
     pub(super) fn new(highest_version: u32) -> Self {
         let changes = Changes::OnlyTimes(Vec::new());
-        let (state, buffer) = (State::Start, Vec::new());
-        Self { state, highest_version, last_kind: 0, buffer, header: None, changes, naming: None }
+        let (state, held) = (State::Start, Vec::new());
+        Self { state, highest_version, last_kind: 0, held, passing: 0, header: None, changes, naming: None }
     }
 
     /// Reads a peer's stream and puts names of this pool in the place of its own. It may name nothing but itself and its
@@ -130,52 +146,72 @@ impl Reader {
         &self.changes
     }
 
-    /// Takes the next bytes, and appends to `out` what became complete with them.
-    pub(super) fn take(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), StreamError> {
-        self.buffer.extend_from_slice(bytes);
-        let buffer = std::mem::take(&mut self.buffer);
-        let mut rest = &buffer[..];
-        while let Some(length) = self.next_length(rest)? {
-            let (item, behind) = rest.split_at(length);
-            if self.state == State::Start {
-                self.state = State::First;
-                out.extend_from_slice(item);
-            } else {
-                self.command(item, out)?;
+    /// Takes the next bytes, and returns what may be passed on. Data is passed on where it lies, before its command is complete.
+    pub(super) fn take<'a>(&mut self, bytes: &'a [u8]) -> Result<Vec<Cow<'a, [u8]>>, StreamError> {
+        let mut pieces = Pieces::of(bytes);
+        loop {
+            let passed = self.passing.min(pieces.rest().len());
+            pieces.pass(passed);
+            self.passing -= passed;
+            let rest = pieces.rest();
+            let seen = if self.held.is_empty() { rest } else { &self.held };
+            if seen.is_empty() {
+                break;
             }
-            rest = behind;
+            match self.next(seen)? {
+                Next::Needs(_) if rest.is_empty() => break,
+                Next::Needs(length) => {
+                    let more = (length - self.held.len()).min(rest.len());
+                    self.held.extend_from_slice(&rest[..more]);
+                    pieces.skip(more);
+                }
+                Next::Item(length) if self.held.is_empty() => match self.item(&rest[..length])? {
+                    None => pieces.pass(length),
+                    Some(changed) => {
+                        pieces.put(changed);
+                        pieces.skip(length);
+                    }
+                },
+                Next::Item(_) => {
+                    let held = std::mem::take(&mut self.held);
+                    pieces.put(self.item(&held)?.unwrap_or(held));
+                }
+                Next::Passed(length) => {
+                    self.changes = Changes::Some;
+                    self.passing = length - self.held.len();
+                    if !self.held.is_empty() {
+                        pieces.put(std::mem::take(&mut self.held));
+                    }
+                }
+            }
         }
-        self.buffer = rest.to_vec();
-        Ok(())
+        Ok(pieces.finish())
     }
 
-    /// Returns the length of what stands at the beginning, once it is complete.
-    fn next_length(&mut self, rest: &[u8]) -> Result<Option<usize>, StreamError> {
-        if self.state == State::Ended {
-            return if rest.is_empty() { Ok(None) } else { wrong("bytes follow the end of the stream") };
-        }
-        if self.state == State::Start {
-            let seen = rest.len().min(MAGIC.len());
-            if rest[..seen] != MAGIC[..seen] {
-                return wrong("it is no send stream");
+    /// Judges what stands at the beginning.
+    fn next(&self, seen: &[u8]) -> Result<Next, StreamError> {
+        match self.state {
+            State::Ended => return wrong("bytes follow the end of the stream"),
+            State::Start => {
+                let length = seen.len().min(MAGIC.len());
+                if seen[..length] != MAGIC[..length] {
+                    return wrong("it is no send stream");
+                }
+                let Some(version) = u32_at(seen, MAGIC.len()) else { return Ok(Next::Needs(STREAM_HEAD)) };
+                if version == 0 || version > self.highest_version {
+                    return wrong(format!("it has version {version}, where {} was agreed on", self.highest_version));
+                }
+                return Ok(Next::Item(STREAM_HEAD));
             }
-            let Some(version) = u32_at(rest, MAGIC.len()) else { return Ok(None) };
-            if version == 0 || version > self.highest_version {
-                return wrong(format!("it has version {version}, where {} was agreed on", self.highest_version));
-            }
-            self.last_kind = if version == 1 { kind::LAST_OF_1 } else { kind::LAST_OF_2 };
-            return Ok(Some(STREAM_HEAD));
+            State::First | State::Commands => {}
         }
-        let Some(length) = u32_at(rest, 0) else { return Ok(None) };
+        let (Some(length), Some(kind), true) = (u32_at(seen, 0), u16_at(seen, 4), seen.len() >= COMMAND_HEAD) else {
+            return Ok(Next::Needs(COMMAND_HEAD));
+        };
         let length = length as usize;
         if length > COMMAND_LIMIT {
             return wrong(format!("a command has {length} bytes"));
         }
-        Ok((rest.len() >= COMMAND_HEAD + length).then_some(COMMAND_HEAD + length))
-    }
-
-    fn command(&mut self, command: &[u8], out: &mut Vec<u8>) -> Result<(), StreamError> {
-        let kind = u16_at(command, 4).unwrap_or_default();
         if kind == 0 || kind > self.last_kind {
             return wrong(format!("there is no command {kind}"));
         }
@@ -185,18 +221,36 @@ impl Reader {
             (false, true) => return wrong("it does not begin with a subvolume"),
             _ => {}
         }
-        match kind {
-            kind::SUBVOLUME | kind::SNAPSHOT => return self.first(kind, command, out),
-            kind::CLONE => return self.clone_range(command, out),
-            kind::UTIMES => self.touch(command)?,
-            kind::END => self.state = State::Ended,
-            _ => self.changes = Changes::Some,
-        }
-        out.extend_from_slice(command);
-        Ok(())
+        let is_looked_at = match kind {
+            kind::UTIMES => matches!(self.changes, Changes::OnlyTimes(_)),
+            kind => is_first || matches!(kind, kind::CLONE | kind::END),
+        };
+        let length = COMMAND_HEAD + length;
+        Ok(match is_looked_at {
+            false => Next::Passed(length),
+            true if seen.len() < length => Next::Needs(length),
+            true => Next::Item(length),
+        })
     }
 
-    fn first(&mut self, kind: u16, command: &[u8], out: &mut Vec<u8>) -> Result<(), StreamError> {
+    /// Looks at the head of the stream or at a command; returns what is put in its place.
+    fn item(&mut self, item: &[u8]) -> Result<Option<Vec<u8>>, StreamError> {
+        if self.state == State::Start {
+            self.state = State::First;
+            let version = u32_at(item, MAGIC.len());
+            self.last_kind = if version == Some(1) { kind::LAST_OF_1 } else { kind::LAST_OF_2 };
+            return Ok(None);
+        }
+        match u16_at(item, 4).unwrap_or_default() {
+            kind @ (kind::SUBVOLUME | kind::SNAPSHOT) => return self.first(kind, item),
+            kind::CLONE => return self.clone_range(item),
+            kind::END => self.state = State::Ended,
+            _ => self.touch(item)?,
+        }
+        Ok(None)
+    }
+
+    fn first(&mut self, kind: u16, command: &[u8]) -> Result<Option<Vec<u8>>, StreamError> {
         let mut attributes = parse(command)?;
         let uuid = uuid_of(&attributes, attribute::UUID)?;
         let ctransid = number_of(&attributes, attribute::CTRANSID)?;
@@ -211,25 +265,18 @@ impl Reader {
         }
         self.header = Some(Header { uuid, ctransid, parent });
         self.state = State::Commands;
-        let Some(naming) = &self.naming else {
-            out.extend_from_slice(command);
-            return Ok(());
-        };
+        let Some(naming) = &self.naming else { return Ok(None) };
         replace(&mut attributes, attribute::PATH, naming.name.as_bytes())?;
         if kind == kind::SNAPSHOT {
             let Some(here) = naming.parent else { return wrong("it builds on a snapshot, where a full one was due") };
             replace(&mut attributes, attribute::CLONE_UUID, here.as_bytes())?;
         }
-        build(kind, &attributes, out);
-        Ok(())
+        Ok(Some(build(kind, &attributes)))
     }
 
-    fn clone_range(&mut self, command: &[u8], out: &mut Vec<u8>) -> Result<(), StreamError> {
+    fn clone_range(&mut self, command: &[u8]) -> Result<Option<Vec<u8>>, StreamError> {
         self.changes = Changes::Some;
-        let (Some(naming), Some(header)) = (&self.naming, &self.header) else {
-            out.extend_from_slice(command);
-            return Ok(());
-        };
+        let (Some(naming), Some(header)) = (&self.naming, &self.header) else { return Ok(None) };
         let mut attributes = parse(command)?;
         let from = uuid_of(&attributes, attribute::CLONE_UUID)?;
         if from != header.uuid {
@@ -240,8 +287,7 @@ impl Reader {
                 _ => return wrong(format!("it takes data from another subvolume ({from})")),
             }
         }
-        build(kind::CLONE, &attributes, out);
-        Ok(())
+        Ok(Some(build(kind::CLONE, &attributes)))
     }
 
     fn touch(&mut self, command: &[u8]) -> Result<(), StreamError> {
@@ -259,7 +305,7 @@ impl Reader {
     }
 }
 
-type Attributes<'a> = Vec<(u16, std::borrow::Cow<'a, [u8]>)>;
+type Attributes<'a> = Vec<(u16, Cow<'a, [u8]>)>;
 
 /// Reads the attributes of a command whose checksum is right. Not for commands of version 2 that carry data.
 fn parse(command: &[u8]) -> Result<Attributes<'_>, StreamError> {
@@ -283,10 +329,10 @@ fn parse(command: &[u8]) -> Result<Attributes<'_>, StreamError> {
     Ok(attributes)
 }
 
-/// Appends a command.
-fn build(kind: u16, attributes: &Attributes<'_>, out: &mut Vec<u8>) {
+/// Makes a command.
+fn build(kind: u16, attributes: &Attributes<'_>) -> Vec<u8> {
     let length: usize = attributes.iter().map(|(_, value)| 4 + value.len()).sum();
-    let start = out.len();
+    let mut out = Vec::with_capacity(COMMAND_HEAD + length);
     out.extend_from_slice(&(length as u32).to_le_bytes());
     out.extend_from_slice(&kind.to_le_bytes());
     out.extend_from_slice(&[0; 4]);
@@ -295,8 +341,9 @@ fn build(kind: u16, attributes: &Attributes<'_>, out: &mut Vec<u8>) {
         out.extend_from_slice(&(value.len() as u16).to_le_bytes());
         out.extend_from_slice(value);
     }
-    let sum = crc32c(0, &out[start..]);
-    out[start + 6..start + COMMAND_HEAD].copy_from_slice(&sum.to_le_bytes());
+    let sum = crc32c(0, &out);
+    out[6..COMMAND_HEAD].copy_from_slice(&sum.to_le_bytes());
+    out
 }
 
 fn bytes_of<'a>(attributes: &'a Attributes<'_>, kind: u16) -> Result<&'a [u8], StreamError> {
@@ -367,7 +414,7 @@ mod tests {
         let mut reader = naming.map_or_else(|| Reader::new(1), |naming| Reader::renaming(1, naming));
         let mut out = Vec::new();
         for chunk in bytes.chunks(piece) {
-            reader.take(chunk, &mut out)?;
+            out.extend(reader.take(chunk)?.iter().flat_map(|piece| piece.iter()));
         }
         Ok((reader, out))
     }
@@ -383,6 +430,19 @@ mod tests {
             let uuid = "fba6fa6d-54e5-0f43-adf1-26df73240f7f".parse().unwrap();
             assert_eq!(reader.header(), Some(&Header { uuid, ctransid: 8, parent }));
         }
+    }
+
+    #[test]
+    fn data_is_passed_on_where_it_lies() {
+        let mut reader = Reader::renaming(1, Naming { name: "tree", parent: Some(Uuid::nil()) });
+        let data = [&[0; 2][..], &[7; 9000]].concat();
+        let write = build(15, &vec![(19, data.as_slice().into())]);
+        let begin = STREAM_HEAD + COMMAND_HEAD + 0x46;
+        let stream = [&STEP[..begin], &write, &write].concat();
+        let pieces = reader.take(&stream[..begin + 5000]).unwrap();
+        assert!(matches!(pieces[..], [Cow::Borrowed(_), Cow::Owned(_), Cow::Borrowed(data)] if data.len() == 5000));
+        let pieces = reader.take(&stream[begin + 5000..]).unwrap();
+        assert!(matches!(pieces[..], [Cow::Borrowed(data)] if data.len() == 2 * write.len() - 5000));
     }
 
     #[test]
@@ -406,15 +466,15 @@ mod tests {
             (attribute::UUID, uuid.as_bytes().as_slice().into()),
             (attribute::CTRANSID, [0; 8].as_slice().into()),
         ];
-        build(kind::SUBVOLUME, &first, &mut stream);
+        stream.extend(build(kind::SUBVOLUME, &first));
         let naming = || Some(Naming { name: "tree", parent: None });
         for (from, fine) in [(uuid, true), (Uuid::from_u128(2), false)] {
             let mut stream = stream.clone();
-            build(kind::CLONE, &vec![(attribute::CLONE_UUID, from.as_bytes().as_slice().into())], &mut stream);
+            stream.extend(build(kind::CLONE, &vec![(attribute::CLONE_UUID, from.as_bytes().as_slice().into())]));
             assert_eq!(read(&stream, 64, naming()).is_ok(), fine);
         }
         let mut twice = stream.clone();
-        build(kind::SUBVOLUME, &first, &mut twice);
+        twice.extend(build(kind::SUBVOLUME, &first));
         assert!(read(&twice, 64, naming()).unwrap_err().0.contains("second"));
     }
 
@@ -441,8 +501,8 @@ mod tests {
         let mut stream = STEP[..STREAM_HEAD + COMMAND_HEAD + 0x46].to_vec();
         let time = [5_u64.to_le_bytes().as_slice(), &7_u32.to_le_bytes()].concat();
         let touch = vec![(attribute::PATH, b"a/b".as_slice().into()), (attribute::MTIME, time.as_slice().into())];
-        build(kind::UTIMES, &touch, &mut stream);
-        build(kind::END, &Vec::new(), &mut stream);
+        stream.extend(build(kind::UTIMES, &touch));
+        stream.extend(build(kind::END, &Vec::new()));
         let (reader, _) = read(&stream, 3, None).unwrap();
         let touched = Touched { path: b"a/b".to_vec(), mtime: Time { secs: 5, nanos: 7 } };
         assert_eq!(*reader.changes(), Changes::OnlyTimes(vec![touched]));

@@ -162,7 +162,7 @@ pub(super) fn probe(path: &Path) -> Result<Header, Trouble> {
     let running = send(&["--no-data"], None, path).map_err(Trouble::Program)?;
     let mut reader = Reader::new(STREAM_VERSION);
     read_while(&running, |bytes| {
-        reader.take(bytes, &mut Vec::new())?;
+        reader.take(bytes)?;
         Ok(reader.header().is_none())
     })?;
     match reader.header() {
@@ -196,10 +196,8 @@ pub(super) fn read_while(
 pub(super) fn are_equal(base: &Path, target: &Path) -> Result<bool, Trouble> {
     let running = send(&["--no-data"], Some(base), target).map_err(Trouble::Program)?;
     let mut reader = Reader::new(STREAM_VERSION);
-    let mut out = Vec::new();
     read_while(&running, |bytes| {
-        out.clear();
-        reader.take(bytes, &mut out)?;
+        reader.take(bytes)?;
         Ok(*reader.changes() != Changes::Some)
     })?;
     let Changes::OnlyTimes(touched) = reader.changes() else { return Ok(false) };

@@ -31,7 +31,6 @@ pub(super) struct Arrival {
     going_on: Option<u64>,
     preamble: Vec<u8>,
     reader: Reader,
-    out: Vec<u8>,
     received_bytes: u64,
     program: Option<Program>,
     /// The dataset that a half received state would lie on; nothing once it is published or kept.
@@ -91,7 +90,6 @@ impl Arrival {
             going_on,
             preamble: Vec::new(),
             reader: Reader::default(),
-            out: Vec::new(),
             received_bytes: going_on.unwrap_or_default(),
             program: None,
             stage: Some(stage),
@@ -108,18 +106,14 @@ impl Arrival {
                 return Err(task.failed(ErrorKind::Corrupt("the stream is of another format".to_owned())));
             }
         }
-        let taken = self.reader.take(chunk, &mut self.out);
-        taken.map_err(|error| task.failed(ErrorKind::Corrupt(error.to_string())))?;
+        let taken = self.reader.take(chunk);
+        let pieces = taken.map_err(|error| task.failed(ErrorKind::Corrupt(error.to_string())))?;
         if self.program.is_none() {
             let Some(begin) = self.reader.begin() else { return Ok(()) };
             self.check(task, begin)?;
             self.program = Some(self.start(task)?);
         }
-        let out = std::mem::take(&mut self.out);
-        self.pass_on(task, &out)?;
-        self.out = out;
-        self.out.clear();
-        Ok(())
+        pieces.iter().try_for_each(|piece| self.pass_on(task, piece))
     }
 
     fn pass_on(&mut self, task: &Task, bytes: &[u8]) -> Result<()> {

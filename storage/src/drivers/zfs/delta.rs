@@ -24,13 +24,13 @@ use super::{
     pool::{Pool, locked},
     program::Trouble,
     resume,
-    snapshot::{PIECE, Totals, fill},
+    snapshot::{PIECE, Totals},
     stream::{PLAIN, RICH},
     view::View,
     volume::{StoredSnapshot, Volume},
 };
 use crate::{
-    command::{Input, Running},
+    command::{Input, Running, append},
     delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest},
     driver::Finding,
     error::{Error, ErrorKind, Result},
@@ -236,12 +236,9 @@ impl Sending {
     fn next_chunk(&mut self) -> Result<Option<Bytes>> {
         let failed = |kind: ErrorKind| Error::new(OPERATION, "snapshot", kind);
         let mut chunk = std::mem::take(&mut self.first);
-        let filled = chunk.len();
-        chunk.resize(PIECE, 0);
-        let more = fill(&mut self.stdout, &mut chunk[filled..]);
-        let at = filled + more.map_err(|error| failed(ErrorKind::from_io(error)))?;
-        chunk.truncate(at);
-        if at < PIECE {
+        let more = PIECE.saturating_sub(chunk.len());
+        append(&self.stdout, &mut chunk, more).map_err(|error| failed(ErrorKind::from_io(error)))?;
+        if chunk.len() < PIECE {
             // It has ended. Its own words go before what it wrote last.
             let ended = self.running.finish().map_err(Trouble::from);
             ended.map_err(|trouble| failed(trouble.into_kind()))?;

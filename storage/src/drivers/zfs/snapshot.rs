@@ -206,9 +206,8 @@ impl Pool {
         let mut buffer = vec![0; PIECE];
         if let Some(mut stdout) = running.take_stdout() {
             while let Ok(length @ 1..) = read(&mut stdout, &mut buffer) {
-                let mut out = Vec::new();
                 passed += length;
-                if reader.take(&buffer[..length], &mut out).is_err() {
+                if reader.take(&buffer[..length]).is_err() {
                     return Glance::Unclear(None);
                 }
                 if passed > GLANCE_BYTES {
@@ -316,7 +315,7 @@ fn same_contents(mut one: File, mut two: File) -> io::Result<bool> {
 }
 
 /// Reads until the buffer is full or the file ends.
-pub(super) fn fill(from: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<usize> {
+fn fill(from: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut length = 0;
     while length < buffer.len() {
         match read(from, &mut buffer[length..])? {

@@ -5,7 +5,9 @@
 //! pools. The stream is hostile: one substream, one beginning, one end, nothing behind it; and its last record, which makes
 //! `zfs receive` publish, is held back.
 
-use std::collections::BTreeSet;
+use std::{borrow::Cow, collections::BTreeSet};
+
+use crate::drivers::pieces::Pieces;
 
 /// The length of a record's header.
 pub(super) const HEADER: usize = 312;
@@ -103,32 +105,40 @@ impl Reader {
         self.objects.unwrap_or_default()
     }
 
-    /// Takes bytes, and appends to `out` those that may be passed on: all but the last record.
-    pub(super) fn take(&mut self, mut bytes: &[u8], out: &mut Vec<u8>) -> Result<(), StreamError> {
-        while !bytes.is_empty() {
+    /// Takes bytes, and returns those that may be passed on, nearly all where they lie: all but the last record.
+    pub(super) fn take<'a>(&mut self, bytes: &'a [u8]) -> Result<Vec<Cow<'a, [u8]>>, StreamError> {
+        let mut pieces = Pieces::of(bytes);
+        while !pieces.rest().is_empty() {
+            let rest = pieces.rest();
             if self.end.is_some() {
                 return Err(StreamError("something follows its end"));
             }
             if self.payload > 0 {
-                let length = usize::try_from(self.payload).unwrap_or(usize::MAX).min(bytes.len());
-                out.extend_from_slice(&bytes[..length]);
+                let length = usize::try_from(self.payload).unwrap_or(usize::MAX).min(rest.len());
+                pieces.pass(length);
                 self.payload -= length as u64;
-                bytes = &bytes[length..];
-                continue;
-            }
-            let length = (HEADER - self.buffer.len()).min(bytes.len());
-            self.buffer.extend_from_slice(&bytes[..length]);
-            bytes = &bytes[length..];
-            if self.buffer.len() == HEADER {
-                let record = std::mem::take(&mut self.buffer);
-                if self.header(&record)? {
-                    self.end = Some(record);
+            } else if let (true, Some(record)) = (self.buffer.is_empty(), rest.get(..HEADER)) {
+                if self.header(record)? {
+                    self.end = Some(record.to_vec());
+                    pieces.skip(HEADER);
                 } else {
-                    out.extend_from_slice(&record);
+                    pieces.pass(HEADER);
+                }
+            } else {
+                let length = (HEADER - self.buffer.len()).min(rest.len());
+                self.buffer.extend_from_slice(&rest[..length]);
+                pieces.skip(length);
+                if self.buffer.len() == HEADER {
+                    let record = std::mem::take(&mut self.buffer);
+                    if self.header(&record)? {
+                        self.end = Some(record);
+                    } else {
+                        pieces.put(record);
+                    }
                 }
             }
         }
-        Ok(())
+        Ok(pieces.finish())
     }
 
     /// Returns the beginning, once it was read.
@@ -230,7 +240,7 @@ mod tests {
     fn read(stream: &[u8], piece: usize) -> Result<(Reader, Vec<u8>), StreamError> {
         let (mut reader, mut out) = (Reader::default(), Vec::new());
         for piece in stream.chunks(piece) {
-            reader.take(piece, &mut out)?;
+            out.extend(reader.take(piece)?.iter().flat_map(|piece| piece.iter()));
         }
         Ok((reader, out))
     }
@@ -247,6 +257,12 @@ mod tests {
     }
 
     #[test]
+    fn records_are_passed_on_where_they_lie() {
+        let pieces = Reader::default().take(FULL).unwrap();
+        assert!(matches!(pieces[..], [Cow::Borrowed(all)] if all.len() == FULL.len() - HEADER));
+    }
+
+    #[test]
     fn the_beginning_says_what_the_stream_builds_on() {
         let begin = |stream: &[u8]| read(stream, 4096).unwrap().0.begin().unwrap();
         assert_eq!((begin(STEP).to_guid, begin(STEP).from_guid), (0xea5c_db63_eb5c_1455, 0x7b3e_8197_aa53_d799));
@@ -258,8 +274,8 @@ mod tests {
 
     #[test]
     fn the_inodes_of_a_stream_are_kept_where_they_are_wanted() {
-        let (mut reader, mut out) = (Reader::of_short(), Vec::new());
-        reader.take(STEP, &mut out).unwrap();
+        let mut reader = Reader::of_short();
+        reader.take(STEP).unwrap();
         assert_eq!(reader.into_objects(), BTreeSet::from([1, 2, 3, 4, 5]));
         assert_eq!(read(STEP, 4096).unwrap().0.into_objects(), BTreeSet::new());
     }
