@@ -228,6 +228,7 @@ pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Trouble>) -> R
     loop {
         match attempt() {
             Err(trouble) if trouble.class == Class::Busy && Instant::now() < deadline => {
+                tracing::debug!(error = %trouble.error, "is tried again");
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(PAUSE.1);
             }
