@@ -9,6 +9,8 @@ use crate::{
     error::{Error, ErrorKind, Result},
 };
 
+#[cfg(any(feature = "btrfs", feature = "zfs"))]
+mod blank;
 #[cfg(feature = "btrfs")]
 pub mod btrfs;
 #[cfg(feature = "directory")]

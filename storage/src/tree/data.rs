@@ -22,7 +22,7 @@ const HASHED_BESIDE: u64 = 4 * 1024 * 1024;
 
 /// Returns the first stretch of data at or behind `offset` and below `size`, as start and end; `None` when only a hole
 /// follows. A file system that knows no holes shows one stretch.
-pub(super) fn next_data(file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<Option<(u64, u64)>, Errno> {
+pub(crate) fn next_data(file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<Option<(u64, u64)>, Errno> {
     if offset >= size {
         return Ok(None);
     }
@@ -42,6 +42,11 @@ pub(super) fn next_data(file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<
         Err(error) => return Err(error),
     };
     Ok(Some((start, end)))
+}
+
+/// Tells whether a file of this size has no holes.
+pub(crate) fn is_without_holes(file: BorrowedFd<'_>, size: u64) -> Result<bool, Errno> {
+    Ok(size == 0 || next_data(file, 0, size)? == Some((0, size)))
 }
 
 /// Fills `buffer` from `offset` on as far as the file goes; returns how much that was.
@@ -130,7 +135,7 @@ pub(super) fn copy_all(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> R
 /// Copies as [`copy_all`] does and hashes what it writes. `None`: the file has holes (hashing a terabyte of nothing takes
 /// its time) or shrank meanwhile.
 pub(super) fn copy_and_hash(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> Result<Option<[u8; 32]>, Errno> {
-    if size > 0 && next_data(from, 0, size)? != Some((0, size)) {
+    if !is_without_holes(from, size)? {
         copy_all(from, to, size)?;
         return Ok(None);
     }

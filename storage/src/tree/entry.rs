@@ -32,8 +32,9 @@ pub struct Stat {
     pub ctime: Time,
     /// Its names. For entries of a walk over an inventory: its names in the volume, not in the pool.
     pub nlink: u32,
-    /// 512-byte blocks that it takes.
-    pub blocks: u64,
+    /// Nothing; records of former versions have its blocks here. They tell nothing of a file: ext4 shows fewer than there is
+    /// data while it writes some back (seen on Linux 6.18), btrfs and ZFS show them compressed, and ZFS seconds late.
+    pub(crate) reserved: u64,
 }
 
 impl Stat {
@@ -177,7 +178,7 @@ impl From<Statx> for Status {
                 mtime: time(x.stx_mtime),
                 ctime: time(x.stx_ctime),
                 nlink: x.stx_nlink,
-                blocks: x.stx_blocks,
+                reserved: 0,
             },
         }
     }

@@ -16,7 +16,7 @@ mod builder;
 pub mod checkpoints;
 pub mod compose;
 pub mod copy;
-mod data;
+pub(crate) mod data;
 pub mod diff;
 pub mod digest;
 pub mod entry;

@@ -22,7 +22,7 @@ use rustix::{
 
 use super::{
     blocks::{Blocks, Found, Version},
-    data::next_data,
+    data::is_without_holes,
     entry::{Entry, EntryKind, Metadata, Stat},
     output::Output,
     path::TreePath,
@@ -556,8 +556,7 @@ fn is_worth_stating(version: &Version, path: &TreePath) -> Result<bool> {
     if version.size <= DATA_LIMIT as u64 {
         return Ok(false);
     }
-    let data = next_data(version.file.as_fd(), 0, version.size).map_err(|error| Error::io("read", path, error))?;
-    Ok(data == Some((0, version.size)))
+    is_without_holes(version.file.as_fd(), version.size).map_err(|error| Error::io("read", path, error))
 }
 
 /// Tells the kernel that a large file is read from front to back.

@@ -15,7 +15,7 @@ use rustix::fs::{self as sys, FlockOperation};
 
 use crate::{
     command,
-    drivers::{PoolSpec, folder::POOL_RECORD},
+    drivers::{PoolSpec, blank::is_blank, folder::POOL_RECORD},
     error::{Error, ErrorKind, Result},
     records::sync_dir,
 };
@@ -28,9 +28,6 @@ const BTRFS: u64 = 0x9123_683e;
 /// Where the superblock lies, where in it the magic, and what that is (`btrfs-progs: kernel-shared/uapi/btrfs_tree.h`).
 const MAGIC_AT: u64 = 64 * 1024 + 64;
 const MAGIC: &[u8; 8] = b"_BHRfS_M";
-
-/// How much of the beginning of a device must be zero for it to count as empty.
-const LOOK_BYTES: usize = 1024 * 1024;
 
 /// The smallest file system that is of any use (mkfs.btrfs itself wants 109 MiB).
 const SIZE_MIN: u64 = 128 * 1024 * 1024;
@@ -178,13 +175,7 @@ fn look(file: &mut File) -> io::Result<Content> {
     if file.take(magic.len() as u64).read(&mut magic)? == magic.len() && magic == *MAGIC {
         return Ok(Content::Btrfs);
     }
-    let mut beginning = Vec::new();
-    file.rewind()?;
-    file.take(LOOK_BYTES as u64).read_to_end(&mut beginning)?;
-    let stat = file.metadata()?;
-    // A file that somebody wrote to is not ours even where its beginning is zero.
-    let written = stat.is_file() && stat.blocks() > 0;
-    Ok(if written || beginning.iter().any(|byte| *byte != 0) { Content::Data } else { Content::Nothing })
+    Ok(if is_blank(file)? { Content::Nothing } else { Content::Data })
 }
 
 /// Says in words what a file or device holds, as blkid(8) finds it.

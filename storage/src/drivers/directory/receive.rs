@@ -12,6 +12,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::fd::AsFd as _,
     path::Path,
     sync::Arc,
 };
@@ -43,6 +44,7 @@ use crate::{
         apply::{Applier, Sharing},
         arrivals::{Arrivals, Sight},
         copy::Copier,
+        data::is_without_holes,
         entry::{Entry, EntryKind},
         inventory::{InventoryEntry, InventoryReader, InventoryWriter},
         received::{Met, ReceivedWalk},
@@ -379,13 +381,13 @@ fn write_inventory(dir: &Path, base: Option<InventoryReader>, arrivals: Arrivals
 /// Hashes a file that came before a break, unless it has holes: then it may be huge.
 fn read_again(walk: &mut Walk, entry: &Entry) -> Result<Option<[u8; 32]>> {
     let EntryKind::File { size } = entry.kind else { return Ok(None) };
-    if entry.stat.blocks.saturating_mul(512) < size {
-        return Ok(None);
-    }
     match walk.open_last(OFlags::RDONLY | OFlags::NONBLOCK) {
         Ok(file) => {
-            let digest = digest(File::from(file));
-            digest.map(Some).map_err(|error| Error::io("read", entry.path.to_string(), error))
+            let failed = |error| Error::io("read", entry.path.to_string(), error);
+            if !is_without_holes(file.as_fd(), size).map_err(|error| failed(error.into()))? {
+                return Ok(None);
+            }
+            digest(File::from(file)).map(Some).map_err(failed)
         }
         // Its mode may keep even its owner from reading it.
         Err(error) if matches!(error.kind, ErrorKind::PermissionDenied) => Ok(None),

@@ -5,9 +5,9 @@
 //! here, somebody else's never. Refuses to know what lies in the dataset.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Read},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    fs::{self, OpenOptions},
+    io,
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     command,
-    drivers::PoolSpec,
+    drivers::{PoolSpec, blank::is_blank},
     error::{Error, ErrorKind, Result},
 };
 
@@ -27,9 +27,6 @@ const OPERATION: &str = "open pool";
 
 /// What the names of the pools begin with that are made here. Only such pools are imported and exported.
 const PREFIX: &str = "flocker-";
-
-/// How much of the beginning of a device must be zero for it to count as empty.
-const LOOK_BYTES: usize = 1024 * 1024;
 
 /// The smallest file that zpool(8) takes as a device.
 const SIZE_MIN: u64 = 64 * 1024 * 1024;
@@ -218,7 +215,7 @@ impl Container {
             .mode(0o600)
             .open(&self.path)
             .map_err(failed)?;
-        if !self.wipe && !is_empty(&mut file).map_err(failed)? {
+        if !self.wipe && !is_blank(&mut file).map_err(failed)? {
             let what = what_is_on(programs, &self.path);
             return Err(unusable(format!("it holds {what}; add ,wipe to overwrite all of it")));
         }
@@ -256,15 +253,6 @@ pub(super) fn exists(programs: &Programs, dataset: &str) -> std::result::Result<
         Err(trouble) if trouble.class == Class::NotFound => Ok(false),
         Err(trouble) => Err(trouble),
     }
-}
-
-/// A file that somebody wrote to is not ours even where its beginning is zero.
-fn is_empty(file: &mut File) -> io::Result<bool> {
-    let mut beginning = Vec::new();
-    file.take(LOOK_BYTES as u64).read_to_end(&mut beginning)?;
-    let stat = file.metadata()?;
-    let written = stat.is_file() && stat.blocks() > 0;
-    Ok(!written && beginning.iter().all(|byte| *byte == 0))
 }
 
 /// Says in words what a device holds.

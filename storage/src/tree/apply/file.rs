@@ -24,10 +24,7 @@ use crate::{
     },
 };
 
-/// How much of a file may be holes that are hashed as zeroes after a break, in bytes: minutes of a processor.
-const HASHED_HOLES_LIMIT: u64 = 1 << 40;
-
-const STATED_GAP: Rule = "the digest of its contents is stated, and there is a gap in its data";
+pub(super) const STATED_GAP: Rule = "the digest of its contents is stated, and there is a gap in its data";
 
 /// The file whose data is arriving.
 pub(super) struct OpenFile {
@@ -258,10 +255,6 @@ impl Applier {
     }
 
     fn before(&self, file: &OpenFile) -> Result<Before> {
-        let is = self.builder.status_of(&file.fd, file.name())?.stat;
-        if file.written.saturating_sub(is.blocks.saturating_mul(512)) > HASHED_HOLES_LIMIT {
-            return Err(self.corrupt_at(file.name(), STATED_GAP));
-        }
         let fd = rustix::io::fcntl_dupfd_cloexec(&file.fd, 0);
         let fd = fd.map_err(|error| self.builder.error("open", file.name(), error))?;
         Ok(Before { file: fd, path: file.path.clone(), length: file.written })

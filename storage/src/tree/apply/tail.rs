@@ -15,7 +15,7 @@ use bytes::Bytes;
 use rustix::io::Errno;
 
 use super::{
-    file::verify_contents,
+    file::{STATED_GAP, verify_contents},
     waiting::{self, Waiting},
 };
 use crate::{
@@ -46,6 +46,9 @@ const CLOSED_LIMIT_OF_FEW: usize = 32;
 
 /// How many bytes of a stream are not worth a thread.
 const AT_ONCE_LIMIT: usize = 64 * 1024;
+
+/// How much of a file may be holes that are hashed as zeroes after a break, in bytes: minutes of a processor.
+const HASHED_HOLES_LIMIT: u64 = 1 << 40;
 
 /// One thing to be done. Ranges are of the batch's bytes.
 pub(super) enum Step {
@@ -267,16 +270,25 @@ impl Work {
 
     fn read_again(&mut self, before: &Before) -> Result<()> {
         let mut buffer = vec![0; DATA_LIMIT];
-        let mut at = 0;
+        let (mut at, mut holes) = (0, 0);
         while at < before.length {
-            let room = buffer.len().min((before.length - at) as usize);
-            let count = data::read_at(before.file.as_fd(), &mut buffer[..room], at);
-            let count = count.map_err(|error| self.error("read", &before.path, error))?;
-            if count == 0 {
-                return Err(self.error("read", &before.path, Errno::STALE));
+            let stretch = data::next_data(before.file.as_fd(), at, before.length);
+            let stretch = stretch.map_err(|error| self.error("read", &before.path, error))?;
+            let (start, end) = stretch.unwrap_or((before.length, before.length));
+            holes += start - at;
+            if holes > HASHED_HOLES_LIMIT {
+                return Err(Error::new("apply delta at", &before.path, ErrorKind::Corrupt(STATED_GAP.to_owned())));
             }
-            self.digest.data(&buffer[..count]);
-            at += count as u64;
+            while at < end {
+                let room = buffer.len().min((end - at) as usize);
+                let count = data::read_at(before.file.as_fd(), &mut buffer[..room], at);
+                let count = count.map_err(|error| self.error("read", &before.path, error))?;
+                if count == 0 {
+                    return Err(self.error("read", &before.path, Errno::STALE));
+                }
+                self.digest.data(&buffer[..count]);
+                at += count as u64;
+            }
         }
         Ok(())
     }
