@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use flocker_replication::plan::Step;
 use flocker_storage::{
-    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, ResumePoint},
+    delta::{DeltaFormat, DeltaReader},
     model::{NodeName, SnapshotKey},
 };
 use flocker_transport::{BoxError, ChunkSource, CloseCode, Connection, Expected, Gate, Outgoing, OutgoingLimits};
@@ -68,11 +68,6 @@ impl Stream {
 
     pub(crate) fn oldest_frame(&self) -> u64 {
         self.outgoing.oldest_sequence()
-    }
-
-    /// Returns what to ask the driver for: all of the delta, or what comes behind a point.
-    pub(crate) fn request(&self, compare: Compare, resume: Option<ResumePoint>) -> DeltaRequest {
-        DeltaRequest { base: self.base, target: self.target, format: self.format.clone(), compare, resume }
     }
 
     /// Sends what a reader gives, and returns the first frame's number; frames of an earlier reading are let go.

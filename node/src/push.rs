@@ -25,7 +25,7 @@ use flocker_replication::{
     resolution::{self, Resolution, Way},
 };
 use flocker_storage::{
-    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest},
+    delta::{Compare, DeltaFormat, DeltaReader, DeltaRequest, Partial, ResumePoint},
     model::{HeadState, HeldSnapshot, Lineage, SnapshotId, SnapshotName, VolumeName},
 };
 use flocker_transport::{BulkError, ErrorKind as LinkErrorKind, Gate, NO_PROGRESS};
@@ -231,13 +231,12 @@ pub(crate) async fn send(
         let ends_with_a_step = job.is_some() && !resolving;
         let expectations = Expectations::default();
         let sending_all = async {
+            let mut ahead = None;
             for (number, step) in (0_u32..).zip(&steps) {
-                let after = match ends_with_a_step && number as usize + 1 == steps.len() {
-                    true => After::Nothing,
-                    false => After::More,
-                };
-                let of_step = (number, step, after, &expectations);
-                send_step(node, line, sending, job, of_step, &lineage, &answer).await?;
+                let next = steps.get(number as usize + 1);
+                let after = if ends_with_a_step && next.is_none() { After::Nothing } else { After::More };
+                let of_step = OfStep { number, step, after, ahead: ahead.take(), next, expectations: &expectations };
+                ahead = send_step(node, line, sending, job, of_step, &lineage, &answer).await?;
                 node.note_common(sending.volume.record.id, &answer.receiver, step.snapshot.snapshot.id).await?;
             }
             Ok::<_, Failure>(())
@@ -319,16 +318,30 @@ async fn beside<T>(work: impl Future<Output = T>, beside: impl Future<Output = (
     }
 }
 
-/// Sends one snapshot and waits until the receiver holds it.
+/// A delta that is read already, or why it cannot be.
+type Reading = Result<Box<dyn DeltaReader>, Failure>;
+
+/// One step of a push, and what surrounds it.
+struct OfStep<'a> {
+    number: u32,
+    step: &'a Step,
+    after: After,
+    /// Its delta, where it was opened while the step before was made durable.
+    ahead: Option<Reading>,
+    next: Option<&'a Step>,
+    expectations: &'a Expectations,
+}
+
+/// Sends one snapshot and waits until the receiver holds it. Opens the next step's delta meanwhile.
 async fn send_step(
     node: &Arc<Node>,
     line: &mut Line<'_>,
     sending: &Sending,
     job: Option<&Arc<Job>>,
-    (number, step, after, expectations): (u32, &Step, After, &Expectations),
+    OfStep { number, step, after, ahead, next, expectations }: OfStep<'_>,
     lineage: &Lineage,
     answer: &Answer,
-) -> Result<(), Failure> {
+) -> Result<Option<Reading>, Failure> {
     let target = step.snapshot.snapshot.id;
     let parked = node.outbox.take(&line.peer, sending.transfer).filter(|stream| stream.fits(step));
     let mut stream = match parked {
@@ -339,18 +352,18 @@ async fn send_step(
     // While the receiver gets ready, which may take it as long as reading takes here. Programs are started when it is.
     let is_early = stream.source.is_none() && begin.resume.is_none() && step.format == DeltaFormat::tree();
     line.send(&Message::BeginStep(Box::new(begin))).await?;
-    let request = is_early.then(|| stream.request(sending.compare, None));
+    let whole = request(step, sending, None);
     let early = async {
-        match request {
-            Some(request) => Some(read(node, request).await),
-            None => None,
+        match ahead {
+            None if is_early => Some(read(node, whole).await),
+            ahead => ahead,
         }
     };
     let (said, early) = tokio::join!(biased; line.recv(COMMIT_TIMEOUT), early);
     let start = match said? {
         Message::StepDone(done) if done.step == number => {
             note_done(job);
-            return Ok(());
+            return Ok(None);
         }
         Message::StepReady(ready) if ready.step == number => ready.start,
         other => return Err(line.broke(format!("{} instead of being ready for step {number}", other.kind())).into()),
@@ -367,9 +380,9 @@ async fn send_step(
         StepStart::Frame(frame) => frame,
         StepStart::Beginning => match early {
             Some(reader) => stream.open(reader?),
-            None => stream.open(read(node, stream.request(sending.compare, None)).await?),
+            None => stream.open(read(node, request(step, sending, None)).await?),
         },
-        StepStart::Point(point) => stream.open(read(node, stream.request(sending.compare, Some(point))).await?),
+        StepStart::Point(point) => stream.open(read(node, request(step, sending, Some(point))).await?),
     };
     noted("delta");
     expectations.begin(number as usize, &stream.expected);
@@ -391,10 +404,23 @@ async fn send_step(
         return Err(step_failed(node, line, sending, job, stream, error).await);
     }
     let findings = source.0.take_findings();
-    match line.recv_behind_remarks(job, COMMIT_TIMEOUT).await? {
+    // What came in part before is read from where that ends, once the receiver has said so.
+    let next = next.filter(|next| partial_of(next, answer).is_none());
+    let ahead = async {
+        match next {
+            Some(next) => {
+                noted("ahead");
+                Some(read(node, request(next, sending, None)).await)
+            }
+            None => None,
+        }
+    };
+    let (said, ahead) = tokio::join!(biased; line.recv_behind_remarks(job, COMMIT_TIMEOUT), ahead);
+    match said? {
         Message::StepDone(done) if done.step == number && done.held.snapshot.id == target => {
             note_done(job);
-            line.remark(job, findings).await
+            line.remark(job, findings).await?;
+            Ok(ahead)
         }
         other => Err(line.broke(format!("{} instead of the end of step {number}", other.kind())).into()),
     }
@@ -416,20 +442,25 @@ fn begin_step(
 ) -> Result<BeginStep, Failure> {
     let held = lineage.find(step.snapshot.snapshot.id);
     let held = held.ok_or_else(|| problem::internal("a planned snapshot is not in the lineage"))?;
-    let base = step.base.map(|base| base.on_receiver);
-    let partial = answer.partial.as_ref().filter(|partial| {
-        partial.snapshot.id == held.snapshot.id && partial.base == base && partial.format == step.format
-    });
     Ok(BeginStep {
         step: number,
         snapshot: held.snapshot.clone(),
         unchanged: held.unchanged,
         logical_bytes: held.logical_bytes,
-        base,
+        base: step.base.map(|base| base.on_receiver),
         format: step.format.clone(),
         stream: StepStream { id: stream.id, oldest_frame: stream.oldest_frame() },
-        resume: partial.map(|partial| partial.point.clone()),
+        resume: partial_of(step, answer).map(|partial| partial.point.clone()),
         after,
+    })
+}
+
+/// Returns what the receiver kept of a step.
+fn partial_of<'a>(step: &Step, answer: &'a Answer) -> Option<&'a Partial> {
+    answer.partial.as_ref().filter(|partial| {
+        partial.snapshot.id == step.snapshot.snapshot.id
+            && partial.base == step.base.map(|base| base.on_receiver)
+            && partial.format == step.format
     })
 }
 
@@ -470,6 +501,17 @@ async fn step_failed(
             Ok(other) => line.broke(format!("{} instead of its reason to stop", other.kind())).into(),
         },
         other => problem(502, "transfer_failed", format!("{}: {}", line.peer, problem::chain(&other))).into(),
+    }
+}
+
+/// Returns what to ask the driver for: all of a step's delta, or what comes behind a point.
+fn request(step: &Step, sending: &Sending, resume: Option<ResumePoint>) -> DeltaRequest {
+    DeltaRequest {
+        base: step.base.map(|base| base.on_sender),
+        target: step.snapshot.key(),
+        format: step.format.clone(),
+        compare: sending.compare,
+        resume,
     }
 }
 

@@ -376,6 +376,81 @@ async fn an_increment_is_taken_whether_the_head_was_mounted_since_the_last_one_o
     assert_eq!(read_file(&*b, &base, "file").await, b"3");
 }
 
+/// To compare a head a snapshot is taken of it, and a receive that begins in that moment builds on that on zfs-fuse.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_that_is_compared_while_a_receive_begins_keeps_nothing_of_it() {
+    let test = "a_head_that_is_compared_while_a_receive_begins_keeps_nothing_of_it";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let Pair { a, b, native, place } = pair(&host).await;
+    let (volume, one) = with_one(&*a).await;
+    push((&*a, &*b), &volume, None, &one, &native).await.unwrap();
+    let dataset = format!("{}/volumes/{}", place.dataset("b"), volume.id);
+    let mut held = vec![one];
+    for round in 0..8 {
+        write(&*a, volume.id, "file", format!("round {round}").as_bytes()).await;
+        let next = take(&*a, volume.id).await;
+        let chunks = read(&*a, request(held.last(), &next, &native)).await.unwrap();
+        let mut receiving = b.receive(incoming(&volume, held.last(), &next, &native)).await.unwrap();
+        let arriving = async {
+            for chunk in chunks {
+                receiving.write(chunk).await.unwrap();
+            }
+            receiving.settle().await.unwrap();
+        };
+        let ((), state) = tokio::join!(arriving, b.head_state(volume.id));
+        assert_eq!(state.unwrap(), HeadState::Clean, "round {round}");
+        assert_eq!(receiving.commit().await.unwrap(), next, "round {round}");
+        held.push(next);
+        let listed = host.zfs(&["list", "-H", "-t", "snapshot", "-o", "name", "-r", &dataset]);
+        let names = held.iter().map(|held| format!("{dataset}@{}", held.snapshot.id));
+        assert_eq!(listed.lines().map(str::to_owned).collect::<Vec<_>>(), names.collect::<Vec<_>>(), "round {round}");
+    }
+    assert_eq!(b.lineage(volume.id).await.unwrap().snapshots, held);
+}
+
+/// The journal keeps what was noted for a native increment until the next one, or the next open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_journal_still_says_of_a_receive_that_is_over_is_not_carried_out_again() {
+    let test = "what_the_journal_still_says_of_a_receive_that_is_over_is_not_carried_out_again";
+    let Some(host) = ZfsHost::enter(test) else { return };
+    let Pair { a, b, native, place } = pair(&host).await;
+    let (volume, one) = with_one(&*a).await;
+    push((&*a, &*b), &volume, None, &one, &native).await.unwrap();
+    let root = place.dataset("b");
+    let noted = || {
+        let said = host.zfs(&["get", "-H", "-s", "local", "-o", "property", "all", &format!("{root}/journal")]);
+        said.lines().filter(|name| *name == format!("org.flocker:receive.{}", volume.id)).count()
+    };
+    let mut held = vec![one];
+    for contents in ["two", "three"] {
+        write(&*a, volume.id, "file", contents.as_bytes()).await;
+        let next = take(&*a, volume.id).await;
+        push((&*a, &*b), &volume, held.last(), &next, &native).await.unwrap();
+        held.push(next);
+        assert_eq!((noted(), b.partial(volume.id).await.unwrap()), (1, None), "{contents}");
+    }
+    let newest = format!("{root}/volumes/{}@{}", volume.id, held[2].snapshot.id);
+    let kept = || host.zfs(&["get", "-H", "-o", "value", "org.flocker:record", &newest]);
+    let before = kept();
+
+    drop(b);
+    let b = place.open("b").await.unwrap();
+    assert_eq!(noted(), 0);
+    assert_eq!(kept(), before, "its record is not written a second time");
+    assert_eq!(b.lineage(volume.id).await.unwrap().snapshots, held);
+    write(&*a, volume.id, "file", b"four").await;
+    let four = take(&*a, volume.id).await;
+    push((&*a, &*b), &volume, held.last(), &four, &native).await.unwrap();
+    b.destroy(volume.id).await.unwrap();
+    assert_eq!(noted(), 1);
+
+    drop(b);
+    let b = place.open("b").await.unwrap();
+    assert_eq!(noted(), 0, "the volume is gone");
+    push((&*a, &*b), &volume, None, &four, &native).await.unwrap();
+    assert_eq!(read_file(&*b, &four, "file").await, b"four");
+}
+
 /// A head that came by a receive is not compared before the next one, as nobody has mounted it since; the operator may have.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_operator_writes_to_a_head_past_the_driver_is_kept() {

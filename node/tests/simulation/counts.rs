@@ -112,6 +112,14 @@ fn five_hundred_snapshots_go_in_one_push_and_lineages_are_not_read_again_for_eac
     {
         assert_eq!(how_often(&noted, what), times, "{what}");
     }
+    // While the receiver makes a step durable, the next one's delta is opened.
+    assert_eq!(how_often(&noted, "ahead"), COUNT - 1);
+    let turns = noted.iter().filter(|(_, what)| matches!(*what, "ahead" | "BeginStep"));
+    assert!(
+        turns
+            .map(|(_, what)| *what)
+            .eq(std::iter::repeat_n(["BeginStep", "ahead"], COUNT).flatten().take(2 * COUNT - 1))
+    );
     assert!(how_often(&noted, "lineage") <= 5, "{} lineages read", how_often(&noted, "lineage"));
 
     let next = push_one(&mut world, "next");

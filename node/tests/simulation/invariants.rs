@@ -94,8 +94,14 @@ impl Watch {
         self.condemned[node].note(&world.look(node));
     }
 
-    /// That was answered: what comes into the volume from now on must stay.
-    pub(crate) fn spare_volume(&mut self, node: usize, volume: VolumeId) {
+    /// That was answered, and looked at: what comes into the volume from now on must stay. What was acknowledged a moment before
+    /// and went with it, perhaps without ever having been seen, is not waited for.
+    pub(crate) fn spare_volume(&mut self, world: &World, node: usize, volume: VolumeId) {
+        let volumes = world.look(node);
+        let is_held = |id: &SnapshotId| {
+            volumes.iter().any(|volume| volume.snapshots.iter().any(|sight| sight.held.snapshot.id == *id))
+        };
+        self.promised[node].retain(is_held);
         self.condemned[node].volumes.remove(&volume);
     }
 

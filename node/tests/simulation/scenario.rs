@@ -169,7 +169,7 @@ impl Scenario {
                 (Then::Spare(volume), _) => {
                     // What it came to is looked at before it is spared.
                     self.watch.check(&self.world)?;
-                    self.watch.spare_volume(waiting.node, volume);
+                    self.watch.spare_volume(&self.world, waiting.node, volume);
                 }
                 _ => {}
             }

@@ -298,6 +298,8 @@ async fn suspend(bench: &Bench) {
     let request = ReceiveRequest { resume, ..incoming(&record, None, &one, &partial.format) };
     assert_eq!(take_in(&*b, request, &rest).await.expect("received"), one);
     assert_eq!(look_at(&*b, one.key()).await, look_at(&*a, one.key()).await);
+    // What arrived before and after is what was noted of it.
+    assert_eq!(b.verify(one.key(), Compare::Contents).await.expect("verified"), []);
     assert_eq!(b.partial(record.id).await.expect("a look"), None);
 }
 

@@ -21,7 +21,7 @@ const RANGE: usize = 64 * 1024 * 1024;
 const HASHED_BESIDE: u64 = 4 * 1024 * 1024;
 
 /// Returns the first stretch of data at or behind `offset` and below `size`, as start and end; `None` when only a hole
-/// follows. A file system that knows no holes shows one stretch.
+/// follows. A file system that knows no holes shows one stretch. Moves the file's position.
 pub(crate) fn next_data(file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<Option<(u64, u64)>, Errno> {
     if offset >= size {
         return Ok(None);
@@ -44,7 +44,7 @@ pub(crate) fn next_data(file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<
     Ok(Some((start, end)))
 }
 
-/// Tells whether a file of this size has no holes.
+/// Tells whether a file of this size has no holes. Moves the file's position.
 pub(crate) fn is_without_holes(file: BorrowedFd<'_>, size: u64) -> Result<bool, Errno> {
     Ok(size == 0 || next_data(file, 0, size)? == Some((0, size)))
 }

@@ -1,6 +1,9 @@
 //! Noticing that somebody changed a snapshot behind the node's back: its tree against its inventory.
 
-use std::{fs::File, io::Read};
+use std::{
+    fs::File,
+    io::{Read, Seek as _},
+};
 
 use rustix::fs::OFlags;
 
@@ -106,8 +109,9 @@ pub(super) fn digest_beneath(tree: &Root, path: &TreePath) -> Result<Option<[u8;
     digest(file).map(Some).map_err(|error| Error::io("read", tree.show(path), error))
 }
 
-/// Returns the BLAKE3 hash of a file.
+/// Returns the BLAKE3 hash of a file, wherever its position is.
 pub(super) fn digest(mut file: File) -> std::io::Result<[u8; 32]> {
+    file.rewind()?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 128 * 1024];
     loop {

@@ -3,7 +3,13 @@
 //! Owns the child `zfs receive`: what it is told, when it sees which bytes, and how it ends. zfs-fuse hands the pipe to its
 //! daemon, which goes on when the child is killed; so a receive is given up by closing the pipe first.
 
-use std::{io, io::Write, process::ChildStdin, sync::Arc};
+use std::{
+    io,
+    io::Write,
+    process::ChildStdin,
+    sync::Arc,
+    thread::{self, Builder},
+};
 
 use super::{
     catalog::PROPERTIES,
@@ -13,6 +19,7 @@ use super::{
     program::Trouble,
     receive::{Destination, GOODBYE, OPERATION, Task, arrived},
     stream::{Begin, Reader},
+    view::View,
     volume::{StoredSnapshot, Volume},
 };
 use crate::{
@@ -208,7 +215,7 @@ impl Arrival {
         match &task.destination {
             Destination::New => {
                 self.finish(task, &end)?;
-                self.probe(task, &name, begin)?;
+                drop(self.probe(task, &name, begin)?);
                 let origin = self.pool.look(task.incoming().as_str(), "origin").map_err(|it| task.trouble(it))?;
                 let expected = task.request.base.map(|base| self.pool.snapshot_name(base));
                 if origin.property("origin") != expected.as_deref() {
@@ -230,17 +237,28 @@ impl Arrival {
                 fault::point("zfs.receive.before-publish");
                 self.finish(task, &end)?;
                 fault::point("zfs.receive.landed");
-                if let Err(error) = self.probe(task, &name, begin) {
-                    self.take_back(task, volume, &name)?;
-                    return Err(error);
-                }
+                let view = match self.probe(task, &name, begin) {
+                    Ok(view) => view,
+                    Err(error) => {
+                        self.take_back(task, volume, &name)?;
+                        return Err(error);
+                    }
+                };
                 self.settle_unchanged(task, &name, announced, &mut stored)?;
-                let publishing = self.pool.publishing();
-                self.pool.write_record(OPERATION, "snapshot", &arrived(&volume.found.name, task), &stored)?;
-                fault::point("zfs.receive.published");
-                self.pool.added(before, &stored, Some(begin.to_guid), true);
-                drop(publishing);
-                self.pool.unnote(OPERATION, &receive_key(volume.id()))?;
+                let publish = || {
+                    let publishing = self.pool.publishing();
+                    self.pool.write_record(OPERATION, "snapshot", &arrived(&volume.found.name, task), &stored)?;
+                    fault::point("zfs.receive.published");
+                    self.pool.added(before, &stored, Some(begin.to_guid), true);
+                    drop(publishing);
+                    self.pool.leave_note(&receive_key(volume.id()));
+                    Ok(())
+                };
+                thread::scope(|scope| {
+                    // Where no thread can be started it goes before.
+                    let _ = Builder::new().name("zfs".to_owned()).spawn_scoped(scope, move || drop(view));
+                    publish()
+                })?;
             }
         }
         self.stage = None;
@@ -256,21 +274,30 @@ impl Arrival {
         }
     }
 
-    /// Holds what arrived against what was announced: its guid, and that its root can be read.
-    fn probe(&self, task: &Task, name: &str, begin: Begin) -> Result<()> {
-        let found = self.pool.look(name, PROPERTIES).map_err(|trouble| task.trouble(trouble))?;
-        if found.guid() != Some(begin.to_guid) {
+    /// Holds what arrived against what was announced: its guid, and that its root can be read. Returns the view in which that was
+    /// done; without its key a snapshot can be kept and passed on, and not be read.
+    fn probe(&self, task: &Task, name: &str, begin: Begin) -> Result<Option<View>> {
+        let pool = &self.pool;
+        let look = || pool.look(name, PROPERTIES);
+        let view = || pool.view_of(OPERATION, name, format!("probe.{}", task.request.snapshot.id));
+        let (found, view) = thread::scope(|scope| {
+            let looking = Builder::new().name("zfs".to_owned()).spawn_scoped(scope, look);
+            let view = (!begin.is_raw()).then(view).transpose();
+            let found = match looking {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                Err(_) => look(),
+            };
+            (found, view)
+        });
+        if found.map_err(|trouble| task.trouble(trouble))?.guid() != Some(begin.to_guid) {
             return Err(task.failed(ErrorKind::Corrupt("another snapshot arrived than was announced".to_owned())));
         }
-        if begin.is_raw() {
-            // Without its key it can be kept and passed on, and not be read.
-            return Ok(());
-        }
-        let view = self.pool.view_of(OPERATION, name, format!("probe.{}", task.request.snapshot.id))?;
+        let Some(view) = view? else { return Ok(None) };
         let read = std::fs::read_dir(view.path()).and_then(|mut entries| entries.try_for_each(|entry| entry.map(drop)));
         read.map_err(|error: io::Error| {
             task.failed(ErrorKind::Corrupt(format!("what arrived cannot be read: {error}")))
-        })
+        })?;
+        Ok(Some(view))
     }
 
     /// The stream holds something, and the sender says that nothing differs from the base: that is looked at here.

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// The key of the record of a volume on its dataset, and of a snapshot on it.
-const RECORD: &str = "record";
+pub(super) const RECORD: &str = "record";
 
 /// The property of a snapshot that is not finished.
 pub(super) const PENDING: &str = "org.flocker:pending";

@@ -63,7 +63,7 @@ impl Pool {
         let name = format!("{}@compare.{}", volume.found.name, Uuid::now_v7());
         let taken = self.programs.zfs_patiently(&["snapshot", &name]);
         taken.map_err(|trouble: Trouble| trouble.into_error(operation, volume.id()))?;
-        Ok(Momentary { pool: Arc::clone(self), name })
+        Ok(Momentary { pool: Arc::clone(self), volume: volume.id(), name })
     }
 
     /// Opens a snapshot to be read; of a head, what it is at this moment.
@@ -227,11 +227,12 @@ impl Pool {
 /// A snapshot that is destroyed when it is not needed any more.
 struct Momentary {
     pool: Arc<Pool>,
+    volume: VolumeId,
     name: String,
 }
 
 impl Drop for Momentary {
     fn drop(&mut self) {
-        self.pool.delete_snapshot(&self.name);
+        self.pool.delete_momentary(self.volume, &self.name);
     }
 }

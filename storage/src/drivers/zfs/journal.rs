@@ -4,16 +4,18 @@
 //! | record | written | at the next open |
 //! |---|---|---|
 //! | `receive.<volume>` without `stored` | before the first byte, where a receive can go on | kept while there is something to go on with |
-//! | `receive.<volume>` with `stored` | before the last record of the stream | the snapshot gets its record, if it arrived |
+//! | `receive.<volume>` with `stored` | before the last record of the stream | the snapshot gets its record, if it arrived and has none |
 //! | `back.<volume>` | before a replica's newest snapshot goes | the head goes back to the one named |
 //! | `split.<volume>` | before the first step of a split | carried out |
 //! | `swap.<volume>` | before a received dataset takes the place of the volume's | carried out |
+//!
+//! They are taken out when the verb is done; that of an increment stays until the next of its volume, or the next open.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    catalog::{PENDING, PROPERTIES, gone, is_passing},
+    catalog::{PENDING, PROPERTIES, RECORD, gone, is_passing},
     listing::{self, Found},
     pool::{Pool, locked},
     program::{Class, Trouble, unless},
@@ -44,6 +46,14 @@ pub(super) enum Note {
     Split(Box<Split>),
     /// What was received takes the place of a volume's dataset.
     Swap(Swap),
+}
+
+/// What this process knows of a record of the journal.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Written {
+    generation: u64,
+    chunks: usize,
+    is_over: bool,
 }
 
 /// A dataset on its way into the place of another.
@@ -97,12 +107,13 @@ impl Pool {
         let journal = self.folder("journal");
         let failed = |trouble: Trouble| trouble.into_error(operation, &journal);
         let mut notes = locked(&self.notes);
-        let (generation, chunks) = notes.get(&key).copied().unwrap_or_default();
+        let Written { generation, chunks, .. } = notes.get(&key).copied().unwrap_or_default();
         let encoded = property::encode(KIND, &key, generation + 1, note);
         let encoded = encoded.map_err(|error| Error::io(operation, &journal, error))?;
         self.set_all(&journal, &encoded.chunks).map_err(failed)?;
         self.set(&journal, &encoded.header.0, &encoded.header.1).map_err(failed)?;
-        notes.insert(key.clone(), (generation + 1, encoded.chunks.len()));
+        let written = Written { generation: generation + 1, chunks: encoded.chunks.len(), is_over: false };
+        notes.insert(key.clone(), written);
         self.drop_chunks(&key, generation, chunks);
         Ok(())
     }
@@ -111,12 +122,25 @@ impl Pool {
     pub(super) fn unnote(&self, operation: &'static str, key: &str) -> Result<()> {
         let journal = self.folder("journal");
         let mut notes = locked(&self.notes);
-        let Some((generation, chunks)) = notes.get(key).copied() else { return Ok(()) };
+        let Some(Written { generation, chunks, .. }) = notes.get(key).copied() else { return Ok(()) };
         let done = self.programs.zfs(&["inherit", &property::name(key), &journal]);
         done.map_err(|trouble| trouble.into_error(operation, &journal))?;
         notes.remove(key);
         self.drop_chunks(key, generation, chunks);
         Ok(())
+    }
+
+    /// Leaves a record of the journal to be overwritten by the next of its key, or taken out at the next open: nothing is left to
+    /// be done of it. That saves one of the steps of which a push of many snapshots takes as many.
+    pub(super) fn leave_note(&self, key: &str) {
+        if let Some(written) = locked(&self.notes).get_mut(key) {
+            written.is_over = true;
+        }
+    }
+
+    /// Tells whether the journal has something that is not over.
+    pub(super) fn is_noted(&self, key: &str) -> bool {
+        locked(&self.notes).get(key).is_some_and(|written| !written.is_over)
     }
 
     fn drop_chunks(&self, key: &str, generation: u64, chunks: usize) {
@@ -142,7 +166,10 @@ impl Pool {
                 continue;
             }
             if let Ok(header) = property::header(value) {
-                locked(&self.notes).insert(key.to_owned(), (header.generation, header.chunks));
+                let (generation, chunks) = (header.generation, header.chunks);
+                let mut notes = locked(&self.notes);
+                let is_over = notes.get(key).is_some_and(|known| known.is_over && known.generation == generation);
+                notes.insert(key.to_owned(), Written { generation, chunks, is_over });
             }
             match property::decode::<Note>(KIND, key, value, |chunk| found.property(chunk)) {
                 Ok(note) if note.key() == key => read.push(note),
@@ -182,7 +209,7 @@ impl Pool {
         let volumes = beneath("volumes");
         for it in all.iter().filter(|it| it.name.starts_with(&volumes)) {
             let Some(name) = it.snapshot() else { continue };
-            let unfinished = it.property(PENDING).is_some() && it.property(&property::name("record")).is_none();
+            let unfinished = it.property(PENDING).is_some() && it.property(&property::name(RECORD)).is_none();
             if is_passing(name) || unfinished {
                 self.delete_snapshot(&it.name);
             } else if it.property("userrefs").is_some_and(|count| count != "0") {
@@ -224,6 +251,8 @@ impl Pool {
         if let Some((stored, guid)) = &note.stored {
             let at = SnapshotKey { volume: note.volume, snapshot: note.snapshot.id };
             match self.look(&self.snapshot_name(at), PROPERTIES) {
+                // A record that it has may be newer than what was planned for it.
+                Ok(found) if found.guid() == Some(*guid) && found.property(&property::name(RECORD)).is_some() => {}
                 Ok(found) if found.guid() == Some(*guid) => self.write_record(OPERATION, "snapshot", &found, stored)?,
                 Ok(_) => tracing::error!(snapshot = %note.snapshot.id, "another snapshot lies in its place"),
                 Err(trouble) if trouble.class == Class::NotFound => {}

@@ -28,6 +28,7 @@ use uuid::Uuid;
 
 use super::{
     FORMAT_1, FORMAT_2,
+    journal::Written,
     listing::{self, Found},
     place::{self, Place, Wanted},
     program::{Class, Programs, Trouble, unless},
@@ -97,7 +98,9 @@ pub(super) struct Pool {
     receiving: Mutex<HashSet<VolumeId>>,
     publishing: Mutex<()>,
     /// The generation and the chunks of each record in the journal.
-    pub(super) notes: Mutex<HashMap<String, (u64, usize)>>,
+    pub(super) notes: Mutex<HashMap<String, Written>>,
+    /// Snapshots of heads that could not be destroyed while something was received.
+    pub(super) outlived: Mutex<Vec<String>>,
     /// The snapshots that are held, with the number of those who read.
     pub(super) pins: Mutex<HashMap<String, usize>>,
 }
@@ -140,6 +143,7 @@ impl Pool {
             receiving: Mutex::default(),
             publishing: Mutex::default(),
             notes: Mutex::default(),
+            outlived: Mutex::default(),
             pins: Mutex::default(),
             _place: place,
         });

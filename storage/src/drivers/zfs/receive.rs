@@ -169,7 +169,7 @@ impl Pool {
     }
 
     fn receive_note(&self, volume: VolumeId) -> Result<Option<ReceiveNote>> {
-        if !super::pool::locked(&self.notes).contains_key(&receive_key(volume)) {
+        if !self.is_noted(&receive_key(volume)) {
             return Ok(None);
         }
         let found = self.read_notes()?.into_iter().find_map(|note| match note {
@@ -317,6 +317,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.pool.receiving().remove(&self.volume);
+        self.pool.delete_outlived(self.volume);
     }
 }
 

@@ -4,12 +4,13 @@ use uuid::Uuid;
 
 use super::{
     catalog::gone,
-    pool::Pool,
+    pool::{Pool, locked},
     program::{Class, Trouble, patiently},
 };
 use crate::{
     error::{Error, Result},
     fault,
+    model::VolumeId,
 };
 
 /// How many snapshots one command destroys where it takes several.
@@ -75,6 +76,30 @@ impl Pool {
             self.unmount(&self.mount_point(dataset))?;
             gone(self.programs.zfs(&["destroy", dataset]))
         })
+    }
+
+    /// Destroys a snapshot of a head that was taken for a moment. A receive that began in that moment builds on it on zfs-fuse, so
+    /// it goes when that has ended.
+    pub(super) fn delete_momentary(&self, volume: VolumeId, name: &str) {
+        match gone(self.programs.zfs_patiently(&["destroy", name])) {
+            Err(trouble) if trouble.class == Class::Exists => {
+                locked(&self.outlived).push(name.to_owned());
+                if !self.receiving().contains(&volume) {
+                    self.delete_outlived(volume);
+                }
+            }
+            Err(trouble) => {
+                tracing::warn!(name, error = %trouble.error, "a snapshot of a head cannot be destroyed yet");
+            }
+            Ok(_) => {}
+        }
+    }
+
+    /// Destroys what a receive for a volume stood in the way of, which is over.
+    pub(super) fn delete_outlived(&self, volume: VolumeId) {
+        let of_volume = format!("{}@", self.volume_dataset(volume));
+        let names: Vec<String> = locked(&self.outlived).extract_if(.., |name| name.starts_with(&of_volume)).collect();
+        names.iter().for_each(|name| self.delete_snapshot(name));
     }
 
     /// Destroys one snapshot that nobody needs; a failure is logged and tried again at the next open.
