@@ -251,8 +251,8 @@ impl Pool {
         if let Some((stored, guid)) = &note.stored {
             let at = SnapshotKey { volume: note.volume, snapshot: note.snapshot.id };
             match self.look(&self.snapshot_name(at), PROPERTIES) {
-                // A record that it has may be newer than what was planned for it.
-                Ok(found) if found.guid() == Some(*guid) && found.property(&property::name(RECORD)).is_some() => {}
+                // It was published: by this receive, with a record that may be newer by now, or by a later one.
+                Ok(found) if found.property(&property::name(RECORD)).is_some() => {}
                 Ok(found) if found.guid() == Some(*guid) => self.write_record(OPERATION, "snapshot", &found, stored)?,
                 Ok(_) => tracing::error!(snapshot = %note.snapshot.id, "another snapshot lies in its place"),
                 Err(trouble) if trouble.class == Class::NotFound => {}
