@@ -56,8 +56,8 @@ pub(crate) struct Watch {
     bytes: BTreeMap<SnapshotId, (Digest, String)>,
     seen: Vec<Sight>,
     condemned: Vec<Condemned>,
-    /// What each node has acknowledged to hold.
-    promised: Vec<BTreeSet<SnapshotId>>,
+    /// What each node has acknowledged to hold, and of which volume.
+    promised: Vec<BTreeMap<SnapshotId, String>>,
     /// How many snapshots were ever seen.
     pub(crate) snapshots: usize,
 }
@@ -73,14 +73,14 @@ impl Watch {
             bytes: BTreeMap::new(),
             seen: each().map(|_| Sight::default()).collect(),
             condemned: each().map(|_| Condemned::default()).collect(),
-            promised: each().map(|_| BTreeSet::new()).collect(),
+            promised: each().map(|_| BTreeMap::new()).collect(),
             snapshots: 0,
         }
     }
 
-    /// A node has said that it holds a snapshot.
-    pub(crate) fn promise(&mut self, node: usize, snapshot: SnapshotId) {
-        self.promised[node].insert(snapshot);
+    /// A node has said that it holds a snapshot of the volume that was asked for by a name.
+    pub(crate) fn promise(&mut self, node: usize, snapshot: SnapshotId, volume: &str) {
+        self.promised[node].insert(snapshot, volume.to_owned());
     }
 
     /// Somebody asks a node to destroy a snapshot.
@@ -94,14 +94,13 @@ impl Watch {
         self.condemned[node].note(&world.look(node));
     }
 
-    /// That was answered, and looked at: what comes into the volume from now on must stay. What was acknowledged a moment before
-    /// and went with it, perhaps without ever having been seen, is not waited for.
-    pub(crate) fn spare_volume(&mut self, world: &World, node: usize, volume: VolumeId) {
+    /// That was answered, and looked at: what comes into the volume from now on must stay. What was acknowledged of it a moment
+    /// before and went with it, perhaps without ever having been seen, is not waited for.
+    pub(crate) fn spare_volume(&mut self, world: &World, node: usize, volume: VolumeId, name: &str) {
         let volumes = world.look(node);
-        let is_held = |id: &SnapshotId| {
-            volumes.iter().any(|volume| volume.snapshots.iter().any(|sight| sight.held.snapshot.id == *id))
-        };
-        self.promised[node].retain(is_held);
+        let held: BTreeSet<SnapshotId> =
+            volumes.iter().flat_map(|volume| volume.snapshots.iter().map(|sight| sight.held.snapshot.id)).collect();
+        self.promised[node].retain(|id, promised| promised != name || held.contains(id));
         self.condemned[node].volumes.remove(&volume);
     }
 
@@ -164,7 +163,7 @@ impl Watch {
                 ));
             }
         }
-        let promised = self.promised[node].iter().filter(|id| !held.contains(id) && !condemned.snapshots.contains(id));
+        let promised = self.promised[node].keys().filter(|id| !held.contains(id) && !condemned.snapshots.contains(id));
         // One that came into a condemned volume and went with it may never have been seen.
         let mut lost = promised.filter(|id| condemned.volumes.is_empty() || self.bytes.contains_key(id));
         if let Some(lost) = lost.next() {

@@ -59,12 +59,12 @@ struct Waiting {
 /// What its answer means.
 enum Then {
     Nothing,
-    /// The snapshot in the answer is promised.
-    Promise,
+    /// The snapshot in the answer, of this volume, is promised.
+    Promise(String),
     /// It names a transfer.
     Transfer,
     /// Nothing more of this volume goes.
-    Spare(VolumeId),
+    Spare(VolumeId, String),
 }
 
 pub(crate) struct Scenario {
@@ -161,15 +161,15 @@ impl Scenario {
             }
             let id = body["id"].as_str().and_then(|id| id.parse::<SnapshotId>().ok());
             match (waiting.then, id) {
-                (Then::Promise, Some(id)) if status < 300 => self.watch.promise(waiting.node, id),
+                (Then::Promise(volume), Some(id)) if status < 300 => self.watch.promise(waiting.node, id, &volume),
                 (Then::Transfer, _) if status < 300 => {
                     let id = body["id"].as_str().unwrap_or_default().to_owned();
                     self.transfers.push((waiting.node, id));
                 }
-                (Then::Spare(volume), _) => {
+                (Then::Spare(volume, name), _) => {
                     // What it came to is looked at before it is spared.
                     self.watch.check(&self.world)?;
-                    self.watch.spare_volume(&self.world, waiting.node, volume);
+                    self.watch.spare_volume(&self.world, waiting.node, volume, &name);
                 }
                 _ => {}
             }
@@ -279,7 +279,7 @@ impl Scenario {
         self.serial += 1;
         let path = format!("/v1/volumes/{name}/snapshots");
         let body = json!({ "name": format!("s{}", self.serial) });
-        self.ask(node, Method::POST, &path, body, Then::Promise)
+        self.ask(node, Method::POST, &path, body, Then::Promise(name))
     }
 
     fn transfer(&mut self, node: usize) -> Option<()> {
@@ -320,7 +320,7 @@ impl Scenario {
             _ => {
                 // What arrives until it is done may go, too.
                 self.watch.condemn_volume(&self.world, node, id);
-                then = Then::Spare(id);
+                then = Then::Spare(id, name.clone());
                 body["newer"] = json!("discard");
             }
         }
@@ -338,7 +338,8 @@ impl Scenario {
     fn destroy(&mut self, node: usize) -> Option<()> {
         let (id, name, _, _) = self.volume(node)?;
         self.watch.condemn_volume(&self.world, node, id);
-        self.ask(node, Method::DELETE, &format!("/v1/volumes/{name}"), Value::Null, Then::Spare(id))
+        let path = format!("/v1/volumes/{name}");
+        self.ask(node, Method::DELETE, &path, Value::Null, Then::Spare(id, name))
     }
 
     fn promote(&mut self, node: usize) -> Option<()> {
