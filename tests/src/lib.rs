@@ -2,7 +2,7 @@
 //!
 //! Owns starting and ending `flocker` processes, reading what they print, and an oracle for file trees that shares no
 //! code with the program. Refuses to know the program from inside: everything goes through the binary, its HTTP API and
-//! the disk. Neighbours: the tests under `tests/tests/`, the benchmark under `tests/benches/`.
+//! the disk. Neighbours: the tests under `tests/tests/`, the comparison with others under `bench/`.
 //!
 //! Nothing started here outlives its test: daemons are killed when their [`Node`] is dropped (also by a panic), get
 //! SIGKILL from the kernel when the test's thread ends, and stay in the test's process group, which nextest kills on a

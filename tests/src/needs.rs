@@ -65,6 +65,8 @@ fn lack_of(need: &str) -> Option<String> {
         "setpriv" => without("setpriv"),
         "ssh" => without("sshd").or_else(|| without("ssh-keygen")),
         "rsync" => without("rsync"),
+        "socat" => without("socat").or_else(|| without("openssl")),
+        "syncoid" => without("syncoid"),
         "acl" => without("setfacl"),
         "setcap" => without("setcap"),
         other => Some(format!("the harness does not know {other}")),

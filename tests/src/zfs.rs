@@ -100,6 +100,11 @@ impl ZfsHost {
         self.kind == Kind::Fuse
     }
 
+    /// Returns the process that is its file system, where it is zfs-fuse.
+    pub fn pid(&self) -> u32 {
+        self.holder.id()
+    }
+
     /// Returns the dataset that its node's pool is.
     pub fn root(&self) -> &str {
         &self.root

@@ -6,11 +6,12 @@ use std::{
     process::{Command, Stdio},
 };
 
+use bytes::Bytes;
 use flocker_storage::{
     delta::{Compare, DeltaFormat, DeltaRequest},
     driver::{Driver, Target},
     error::ErrorKind,
-    model::{Role, VolumeRecord},
+    model::{HeldSnapshot, Role, VolumeRecord},
     tree::listing,
 };
 
@@ -249,5 +250,33 @@ async fn compressed_data_travels_as_it_lies() {
     let bytes = push(&*a, &*b, &volume, None, &one, &native(&*a)[0]).await;
     assert!(bytes < 2 << 20, "16 MiB took {bytes} bytes");
     let at = |pool: &str| tree(&mount.path().join(pool), &one);
+    assert_eq!(listing::differences(&at("a"), &at("b")).unwrap(), [""; 0]);
+}
+
+/// Returns the stream with another number of bytes in its preamble: eight bytes of magic, the entries, the bytes.
+fn announcing(stream: &[Bytes], logical_bytes: u64) -> Vec<Bytes> {
+    let mut all = stream.concat();
+    all[16..24].copy_from_slice(&logical_bytes.to_le_bytes());
+    vec![all.into()]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_built_on_the_senders_own_base_is_not_counted_and_all_else_is() {
+    let Some(mount) = mount() else { return };
+    let (a, b, volume, one, two) = pair(&mount).await;
+    let format = &native(&*a)[0];
+    let whole = announcing(&read(&*a, None, &one, format).await.unwrap(), one.logical_bytes + 1);
+    let step = announcing(&read(&*a, Some(&one), &two, format).await.unwrap(), two.logical_bytes + 1);
+    let other = record("other");
+    let refused = take_in(&*b, &other, None, &one, format, &whole).await.unwrap_err();
+    assert!(matches!(&refused.kind, ErrorKind::Corrupt(why) if why.contains("announced")), "{refused:?}");
+    // The same base, which came in another format.
+    push(&*a, &*b, &other, None, &one, &DeltaFormat::tree()).await;
+    let there = HeldSnapshot { volume: other.id, ..one.clone() };
+    let refused = take_in(&*b, &other, Some(&there), &two, format, &step).await.unwrap_err();
+    assert!(matches!(&refused.kind, ErrorKind::FormatUnfit(why) if why.contains("announced")), "{refused:?}");
+    let taken = take_in(&*b, &volume, Some(&one), &two, format, &step).await.unwrap();
+    assert_eq!(taken.logical_bytes, two.logical_bytes + 1, "nobody looked at what had not changed");
+    let at = |pool: &str| tree(&mount.path().join(pool), &two);
     assert_eq!(listing::differences(&at("a"), &at("b")).unwrap(), [""; 0]);
 }

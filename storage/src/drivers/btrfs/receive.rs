@@ -275,7 +275,7 @@ impl Stream {
         })
     }
 
-    /// Waits for the end and checks what came: one subvolume, as large as announced.
+    /// Waits for the end and checks what came: one subvolume, as large as announced where it can be otherwise.
     fn finish(mut self, incoming: &Path, base: Option<PathBuf>) -> std::result::Result<Arrived, ErrorKind> {
         let corrupt = |what: &str| ErrorKind::Corrupt(what.to_owned());
         let (Some(totals), true) = (parse_preamble(&self.preamble), self.reader.has_ended()) else {
@@ -288,13 +288,15 @@ impl Stream {
         if names.map_err(ErrorKind::from_io)? != [TREE] {
             return Err(corrupt("the stream made something beside its subvolume"));
         }
-        let tree = incoming.join(TREE);
-        let counted = count(OPERATION, &tree).map_err(|error| error.kind)?;
-        if counted != totals {
-            return Err(self.unfit(format!(
-                "it has {} entries and {} bytes, where {} and {} were announced",
-                counted.entries, counted.logical_bytes, totals.entries, totals.logical_bytes
-            )));
+        // Where the base is the very one that the sender has, only what changed came, and all else is not looked at.
+        if header.parent.is_none() || header.parent.map(|(uuid, _)| uuid) != self.base {
+            let counted = count(OPERATION, &incoming.join(TREE)).map_err(|error| error.kind)?;
+            if counted != totals {
+                return Err(self.unfit(format!(
+                    "it has {} entries and {} bytes, where {} and {} were announced",
+                    counted.entries, counted.logical_bytes, totals.entries, totals.logical_bytes
+                )));
+            }
         }
         let unchanged = match (self.reader.changes(), base) {
             (Changes::OnlyTimes(touched), Some(base)) => subvolume::are_as_before(touched, &base),

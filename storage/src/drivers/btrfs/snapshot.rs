@@ -20,7 +20,7 @@ use crate::{
     tree::{
         entry::EntryKind,
         root::Root,
-        walk::{Links, Walk},
+        walk::{Attributes, Links, Motion, Walk},
     },
 };
 
@@ -192,7 +192,7 @@ impl Pool {
 pub(super) fn count(operation: &'static str, tree: &Path) -> Result<Totals> {
     let mut totals = Totals { entries: 0, logical_bytes: 0 };
     let (mut gaps, mut named) = (0, Vec::new());
-    for entry in Walk::new(Root::open(tree)?, Links::ByInode) {
+    for entry in Walk::with(Root::open(tree)?, Links::ByInode, Motion::Still, Attributes::OnDemand) {
         let entry = entry?;
         totals.entries += 1;
         match entry.kind {

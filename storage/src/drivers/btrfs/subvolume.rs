@@ -158,15 +158,18 @@ pub(super) fn send(arguments: &[&str], base: Option<&Path>, target: &Path) -> Re
 
 /// Reads what the kernel says of a read-only snapshot at the beginning of a stream. It is the only place where a program
 /// prints a subvolume's `ctransid` exactly; see docs/adr/0003-btrfs-parents-are-checked-in-the-stream.md.
+///
+/// The stream is the difference to itself, which is its beginning and its end: of one without a base the kernel would go on with
+/// what the snapshot holds until pipes are full.
 pub(super) fn probe(path: &Path) -> Result<Header, Trouble> {
-    let running = send(&["--no-data"], None, path).map_err(Trouble::Program)?;
+    let running = send(&["--no-data"], Some(path), path).map_err(Trouble::Program)?;
     let mut reader = Reader::new(STREAM_VERSION);
     read_while(&running, |bytes| {
         reader.take(bytes)?;
         Ok(reader.header().is_none())
     })?;
     match reader.header() {
-        Some(header) => Ok(header.clone()),
+        Some(header) => Ok(Header { parent: None, ..header.clone() }),
         None => Err(running
             .finish()
             .err()

@@ -22,7 +22,7 @@ use crate::{
     tree::{
         entry::{Entry, EntryKind},
         root::Root,
-        walk::{Links, Walk},
+        walk::{Attributes, Links, Motion, Walk},
     },
 };
 
@@ -269,7 +269,7 @@ impl Totals {
 /// Counts a tree.
 pub(super) fn count(root: Root) -> Result<Totals> {
     let mut totals = Totals { entries: 0, logical_bytes: 0 };
-    for entry in Walk::new(root, Links::ByInode) {
+    for entry in Walk::with(root, Links::ByInode, Motion::Still, Attributes::OnDemand) {
         totals.add(&entry?);
     }
     Ok(totals)

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, process::Command, thread};
 
-use flocker_tests::{Scratch, node::free_address, scratch::run};
+use flocker_tests::{Scratch, scratch::run};
 
 /// Key and certificate.
 pub(crate) struct Tls {
@@ -34,14 +34,8 @@ impl Tls {
         Self { certificate }
     }
 
-    /// Has one shell pipe write into another over loopback, and waits for both.
-    #[allow(dead_code, reason = "the benchmark of lines has it elsewhere")]
-    pub(crate) fn carry(&self, from: &str, into: &str) {
-        self.carry_at(free_address(), ["", ""], from, into);
-    }
-
-    /// The same at an address of the sender; each side's program is started by some words.
-    pub(crate) fn carry_at(&self, address: SocketAddr, by: [&str; 2], from: &str, into: &str) {
+    /// Has one shell pipe write into another, and waits for both: at an address of the sender, each side's program started by some words.
+    pub(crate) fn carry(&self, address: SocketAddr, by: [&str; 2], from: &str, into: &str) {
         let (port, certificate) = (address.port(), self.certificate.display());
         let bash = |script: String| run(Command::new("bash").args(["-o", "pipefail", "-c", &script]));
         // The sender listens: what a server says behind the handshake (RFC 8446, 4.6.1) would be unread at a client that only

@@ -21,7 +21,6 @@ pub(crate) struct Ssh {
 
 impl Ssh {
     /// Starts it on loopback.
-    #[allow(dead_code, reason = "the benchmark of lines has it elsewhere")]
     pub(crate) fn start(scratch: &Scratch) -> Self {
         Self::start_at(scratch, free_address(), |program| Command::new(program))
     }
@@ -54,13 +53,11 @@ impl Ssh {
     }
 
     /// Returns the server's process.
-    #[allow(dead_code, reason = "the other benchmark does not ask")]
     pub(crate) fn pid(&self) -> u32 {
         self.server.id()
     }
 
     /// Returns the options of syncoid that reach it, and the host's name for it.
-    #[allow(dead_code, reason = "only one benchmark has syncoid")]
     pub(crate) fn syncoid_options(&self) -> (Vec<String>, String) {
         let (port, key) = (self.address.port(), self.key.display());
         let mut options = vec![format!("--sshport={port}"), format!("--sshkey={key}")];

@@ -4,7 +4,7 @@
 //! daemon is the kernel's own peak; that of a pipe is the highest sum over its processes, looked at again and again.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel},
     thread::{self, JoinHandle},
@@ -20,16 +20,18 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Which side of a transfer, as its index in a pair.
-pub(crate) const SENDER: usize = 0;
-pub(crate) const RECEIVER: usize = 1;
+const SENDER: usize = 0;
+const RECEIVER: usize = 1;
 
-/// The processes whose costs are counted.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Counted {
-    /// Two daemons.
-    Daemons(u32, u32),
-    /// All children of this process but these, and all children of the last one, a server.
-    Pipe { daemons: (u32, u32), server: u32 },
+/// The processes whose costs are counted, besides the children of this one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Counted {
+    /// The daemons of both sides; without them what competes is a pipe of programs.
+    pub(crate) daemons: Option<[u32; 2]>,
+    /// What starts the programs of a pipe's other side.
+    pub(crate) server: Option<u32>,
+    /// Those that do what a kernel does elsewhere: their time counts, their memory does not.
+    pub(crate) systems: Vec<u32>,
 }
 
 /// What was spent so far.
@@ -38,15 +40,11 @@ pub(crate) struct Spent(f64);
 
 impl Spent {
     /// Reads the clocks: of the command line too, which is a child of this process that was waited for.
-    pub(crate) fn so_far(counted: Counted) -> Self {
-        let own = times(std::process::id()).map_or(0.0, |times| times.children);
-        let others = match counted {
-            Counted::Daemons(a, b) => {
-                [a, b].into_iter().filter_map(times).map(|times| times.own + times.children).sum()
-            }
-            Counted::Pipe { server, .. } => times(server).map_or(0.0, |times| times.children),
-        };
-        Self(own + others)
+    pub(crate) fn so_far(counted: &Counted) -> Self {
+        let all = |process: &u32| times(*process).map_or(0.0, |times| times.own + times.children);
+        let children = |process: u32| times(process).map_or(0.0, |times| times.children);
+        let others = counted.daemons.iter().flatten().chain(&counted.systems).map(all).sum::<f64>();
+        Self(children(std::process::id()) + counted.server.map_or(0.0, children) + others)
     }
 
     /// Returns the seconds since an earlier reading.
@@ -56,54 +54,51 @@ impl Spent {
 }
 
 /// Waits until a server has waited for all of its children, so that their time is in its account.
-pub(crate) fn wait_idle(server: u32) {
+pub(crate) fn wait_idle(counted: &Counted) {
+    let Some(server) = counted.server else { return };
     wait_until("the server's sessions end", SHORT, || {
-        processes().values().all(|process| process.parent != server).then_some(())
+        processes().values().all(|parent| *parent != server).then_some(())
     });
 }
 
 /// Measures the memory of a run.
-pub(crate) struct Memory {
-    counted: Counted,
-    sampler: Option<(SyncSender<()>, JoinHandle<[u64; 2]>)>,
+pub(crate) enum Memory {
+    Daemons([u32; 2]),
+    Pipe { stop: SyncSender<()>, sampler: JoinHandle<[u64; 2]> },
 }
 
 impl Memory {
-    pub(crate) fn start(counted: Counted) -> Self {
-        let sampler = match counted {
-            Counted::Daemons(a, b) => {
-                for daemon in [a, b] {
-                    // Puts the peak back to what is resident now (proc_pid_clear_refs(5)).
-                    fs::write(format!("/proc/{daemon}/clear_refs"), "5").unwrap();
+    pub(crate) fn start(counted: &Counted) -> Self {
+        if let Some(daemons) = counted.daemons {
+            for daemon in daemons {
+                // Puts the peak back to what is resident now (proc_pid_clear_refs(5)).
+                fs::write(format!("/proc/{daemon}/clear_refs"), "5").unwrap();
+            }
+            return Self::Daemons(daemons);
+        }
+        let server = counted.server;
+        let (stop, stopped) = sync_channel(1);
+        let there_before: HashSet<u32> = processes().into_keys().collect();
+        let sample = move || {
+            let mut peak = [0; 2];
+            while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                for (peak, now) in peak.iter_mut().zip(resident(server, &there_before)) {
+                    *peak = now.max(*peak);
                 }
-                None
             }
-            Counted::Pipe { daemons, server } => {
-                let (stop, stopped) = sync_channel(1);
-                let sample = move || {
-                    let mut peak = [0; 2];
-                    while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                        for (peak, now) in peak.iter_mut().zip(resident(daemons, server)) {
-                            *peak = now.max(*peak);
-                        }
-                    }
-                    peak
-                };
-                Some((stop, thread::spawn(sample)))
-            }
+            peak
         };
-        Self { counted, sampler }
+        Self::Pipe { stop, sampler: thread::spawn(sample) }
     }
 
     /// Returns the peaks of both sides, in bytes.
     pub(crate) fn stop(self) -> [u64; 2] {
-        match (self.counted, self.sampler) {
-            (Counted::Daemons(a, b), _) => [a, b].map(|daemon| status_bytes(daemon, "VmHWM:")),
-            (_, Some((stop, sampler))) => {
+        match self {
+            Self::Daemons(daemons) => daemons.map(|daemon| status_bytes(daemon, "VmHWM:")),
+            Self::Pipe { stop, sampler } => {
                 drop(stop);
                 sampler.join().unwrap()
             }
-            (_, None) => [0; 2],
         }
     }
 }
@@ -130,33 +125,29 @@ fn times(process: u32) -> Option<Times> {
     })
 }
 
-struct Process {
-    parent: u32,
-}
-
-fn processes() -> HashMap<u32, Process> {
+/// All processes, and the parent of each.
+fn processes() -> HashMap<u32, u32> {
     let mut found = HashMap::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Some(process) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         let parent = fields(process).and_then(|fields| fields.get(1)?.parse().ok());
-        found.extend(parent.map(|parent| (process, Process { parent })));
+        found.extend(parent.map(|parent| (process, parent)));
     }
     found
 }
 
-/// What the processes of a pipe have in memory now, at the sender and at the receiver.
-fn resident(daemons: (u32, u32), server: u32) -> [u64; 2] {
+/// What the processes of a pipe have in memory now, at the sender and at the receiver: those below this process that were not there
+/// before, and those below the server.
+fn resident(server: Option<u32>, there_before: &HashSet<u32>) -> [u64; 2] {
     let own = std::process::id();
     let processes = processes();
     let mut sums = [0; 2];
-    for process in processes.keys().copied() {
+    for process in processes.keys().copied().filter(|process| !there_before.contains(process)) {
         let mut at = process;
         let side = loop {
-            match processes.get(&at).map(|found| found.parent) {
-                Some(parent) if parent == server => break Some(RECEIVER),
-                Some(parent) if parent == own => {
-                    break (![server, daemons.0, daemons.1].contains(&at)).then_some(SENDER);
-                }
+            match processes.get(&at).copied() {
+                Some(parent) if Some(parent) == server => break Some(RECEIVER),
+                Some(parent) if parent == own => break (!there_before.contains(&at)).then_some(SENDER),
                 Some(parent) if parent > 1 => at = parent,
                 _ => break None,
             }
