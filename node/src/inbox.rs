@@ -1,8 +1,8 @@
 //! Which volumes are being received into, and receives whose line was cut.
 //!
-//! Owns the rule that one volume takes in one snapshot at a time ([`Claim`]), and what becomes of a receive that lost its
-//! sender: it waits, open, and is suspended into a resume point after [`PARK_TIME`] or when the node stops. Refuses to
-//! know what arrives. Neighbour: [`crate::receive`].
+//! Owns the rule that one volume takes in one snapshot at a time ([`Claim`]), the name under which a volume arrives that is not
+//! here yet, and what becomes of a receive that lost its sender: it waits, open, and is suspended into a resume point after
+//! [`PARK_TIME`] or when the node stops. Refuses to know what arrives. Neighbour: [`crate::receive`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use std::{
 use flocker_replication::message::{BeginStep, StepStart};
 use flocker_storage::{
     delta::Receiving,
-    model::{SnapshotId, VolumeId},
+    model::{SnapshotId, VolumeId, VolumeName},
 };
 use flocker_transport::{CloseCode, Connection, Incoming};
 use tokio::time::Instant;
@@ -27,7 +27,7 @@ use crate::{
     line::Line,
     outbox::{PARK_TIME, TAKE_OVER_TIMEOUT},
     problem::{self, problem},
-    receive::Receipt,
+    receive::{self, Receipt},
     transfers::Failure,
 };
 
@@ -48,6 +48,8 @@ pub(crate) struct Inbox {
 struct Contents {
     active: BTreeMap<VolumeId, Active>,
     parked: BTreeMap<VolumeId, Parked>,
+    /// Under which names volumes arrive, or began to, that are not here yet.
+    names: BTreeMap<VolumeId, VolumeName>,
 }
 
 struct Active {
@@ -75,6 +77,11 @@ impl Inbox {
         let Some(active) = contents.active.get(&volume.record.id) else { return Ok(()) };
         let detail = format!("cannot {what} {}: a snapshot of it is arriving", volume.record.name);
         Err(problem(409, "busy", detail).hint("wait until it is there").with("transfer", active.transfer))
+    }
+
+    /// Returns the name under which a volume arrives that is not here yet, or last began to.
+    pub(crate) fn arriving(&self, volume: VolumeId) -> Option<VolumeName> {
+        self.lock().names.get(&volume).cloned()
     }
 
     /// Tells whether a receive into a volume waits for its sender.
@@ -153,7 +160,8 @@ impl Claim {
         volume: VolumeId,
     ) -> Result<Self, Failure> {
         let transfer = receipt.offer.transfer;
-        if let Some(claim) = Self::try_make(node, line, transfer, volume).await? {
+        let name = &receipt.offer.name;
+        if let Some(claim) = Self::try_make(node, line, receipt, volume).await? {
             return Ok(claim);
         }
         let old = {
@@ -164,11 +172,10 @@ impl Claim {
         if let Some((connection, over)) = old {
             connection.close(CloseCode::Done, "superseded");
             let _ = tokio::time::timeout(TAKE_OVER_TIMEOUT, over.cancelled()).await;
-            if let Some(claim) = Self::try_make(node, line, transfer, volume).await? {
+            if let Some(claim) = Self::try_make(node, line, receipt, volume).await? {
                 return Ok(claim);
             }
         }
-        let name = &receipt.offer.name;
         let failure = problem(409, "busy", format!("another snapshot of {name} is arriving")).with("volume", name);
         Err(Failure { transient: true, problem: failure })
     }
@@ -176,15 +183,22 @@ impl Claim {
     async fn try_make(
         node: &Arc<Node>,
         line: &Line<'_>,
-        transfer: Uuid,
+        receipt: &Receipt,
         volume: VolumeId,
     ) -> Result<Option<Self>, Failure> {
+        let (transfer, name) = (receipt.offer.transfer, &receipt.offer.name);
         // Verbs that change the volume hold this lock while they look for claims.
         let _guard = node.catalog.work_on(volume).await;
         let over = CancellationToken::new();
+        let is_here = node.catalog.record(volume).is_some();
+        // Meanwhile another copy may have arrived, or have begun to, with the id that was to be this one's.
+        let still_fits = receive::still_lands_in(node, &receipt.offer, volume);
         let mut contents = node.inbox.lock();
-        if contents.active.contains_key(&volume) {
+        if !still_fits || contents.active.contains_key(&volume) {
             return Ok(None);
+        }
+        if !is_here {
+            contents.names.insert(volume, name.clone());
         }
         let connection = line.connection.clone();
         contents.active.insert(volume, Active { transfer, connection, over: over.clone() });
@@ -194,7 +208,13 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.node.inbox.lock().active.remove(&self.volume);
+        let is_here = self.node.catalog.record(self.volume).is_some();
+        let mut contents = self.node.inbox.lock();
+        contents.active.remove(&self.volume);
+        if is_here {
+            contents.names.remove(&self.volume);
+        }
+        drop(contents);
         self.over.cancel();
     }
 }

@@ -60,11 +60,20 @@ pub(crate) async fn rest_of_offer(node: &Node, line: &mut Line<'_>, offer: &mut 
     if older.is_empty() {
         return Ok(());
     }
-    let own = match binding::bind(&offer.volume, &offer.name, &records(node)).volume() {
+    let own = match bind_offer(node, offer, &records(node)).volume() {
         Some(record) => node.driver.lineage(record.id).await.map_err(ApiProblem::from)?,
         None => Lineage::default(),
     };
     line.complete(offer, older, &own).await
+}
+
+fn bind_offer<'a>(node: &Node, offer: &Offer, held: &'a [VolumeRecord]) -> Binding<'a> {
+    binding::bind(&offer.volume, &offer.name, held, node.inbox.arriving(offer.volume.id).as_ref())
+}
+
+/// Tells whether what is offered still belongs into the volume that was found for it.
+pub(crate) fn still_lands_in(node: &Node, offer: &Offer, volume: VolumeId) -> bool {
+    bind_offer(node, offer, &records(node)).lands_in() == volume
 }
 
 fn records(node: &Node) -> Vec<VolumeRecord> {
@@ -191,7 +200,7 @@ struct Bound {
 async fn bind(node: &Node, receipt: &Receipt) -> Result<Bound, Failure> {
     let offer = &receipt.offer;
     let held = records(node);
-    let binding = binding::bind(&offer.volume, &offer.name, &held);
+    let binding = bind_offer(node, offer, &held);
     let lands_in = binding.lands_in();
     let volume = binding.volume().cloned();
     let mut here = Here::default();

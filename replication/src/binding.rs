@@ -9,7 +9,7 @@
 //! | any | this name with the offered id or its sibling id | that volume |
 //! | any | this name with another id | taken: an unrelated volume |
 //! | another (`--as`) | the sibling id under another name | that volume |
-//! | another (`--as`) | the offered id under another name | a new volume with the sibling id |
+//! | another (`--as`) | the offered id under another name, or it is arriving under one | a new volume with the sibling id |
 //! | any | neither | a new volume with the offered id |
 //!
 //! The sibling id is made of the offered id and the name ([`sibling`]), so that each push `--as NAME` beside an
@@ -45,8 +45,14 @@ impl<'a> Binding<'a> {
     }
 }
 
-/// Binds an offered volume and the name wanted for it to one of the volumes held here.
-pub fn bind<'a>(offered: &VolumeRecord, name: &VolumeName, held: &'a [VolumeRecord]) -> Binding<'a> {
+/// Binds an offered volume and the name wanted for it to one of the volumes held here. `arriving` is the name under which the offered id
+/// is being received, where no volume has it yet.
+pub fn bind<'a>(
+    offered: &VolumeRecord,
+    name: &VolumeName,
+    held: &'a [VolumeRecord],
+    arriving: Option<&VolumeName>,
+) -> Binding<'a> {
     let by_id = |id: VolumeId| held.iter().find(|record| record.id == id);
     let same = by_id(offered.id);
     if *name == offered.name
@@ -61,6 +67,7 @@ pub fn bind<'a>(offered: &VolumeRecord, name: &VolumeName, held: &'a [VolumeReco
         None => match by_id(sibling) {
             Some(record) => Binding::Existing(record),
             None if same.is_some() => Binding::New(sibling),
+            None if *name != offered.name && arriving.is_some_and(|arriving| arriving != name) => Binding::New(sibling),
             None => Binding::New(offered.id),
         },
     }

@@ -237,8 +237,8 @@ fn offers_are_bound_by_id_and_name() {
     let beside = sibling(offered.id, &name("copy"));
     let copy = VolumeRecord { id: beside, ..record(0, "copy") };
     let (db, renamed, foreign) = (record(1, "db"), record(1, "copy"), record(9, "db"));
-    let bound = |wanted: &str, held: &[VolumeRecord]| {
-        let binding = bind(&offered, &name(wanted), held);
+    let bind = |wanted: &str, held: &[VolumeRecord], arriving: Option<&str>| {
+        let binding = bind(&offered, &name(wanted), held, arriving.map(name).as_ref());
         let kind = match binding {
             Binding::Existing(_) => "existing",
             Binding::New(_) => "new",
@@ -246,6 +246,7 @@ fn offers_are_bound_by_id_and_name() {
         };
         (kind, binding.lands_in())
     };
+    let bound = |wanted: &str, held: &[VolumeRecord]| bind(wanted, held, None);
     assert_eq!(bound("db", &[]), ("new", offered.id));
     assert_eq!(bound("copy", &[]), ("new", offered.id));
     assert_eq!(bound("db", std::slice::from_ref(&db)), ("existing", offered.id));
@@ -254,4 +255,9 @@ fn offers_are_bound_by_id_and_name() {
     assert_eq!(bound("db", &[foreign]), ("taken", offered.id));
     assert_eq!(bound("copy", std::slice::from_ref(&db)), ("new", beside));
     assert_eq!(bound("copy", &[db, copy]), ("existing", beside));
+    // While it arrives under a name, another copy need not wait for it; what would go on in that volume has to.
+    assert_eq!(bind("copy", &[], Some("db")), ("new", beside));
+    assert_eq!(bind("copy", &[], Some("other")), ("new", beside));
+    assert_eq!(bind("copy", &[], Some("copy")), ("new", offered.id));
+    assert_eq!(bind("db", &[], Some("copy")), ("new", offered.id));
 }

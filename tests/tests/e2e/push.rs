@@ -3,10 +3,11 @@
 use std::fs;
 
 use flocker_tests::{
-    Cluster, Node,
+    Cluster, LONG, Node,
     data::{scribble, write_ordinary_tree, write_random, write_small_files},
-    invariants::{array, histories, text},
+    invariants::{array, assert_sound, histories, text},
     tree::{Listing, assert_equal, assert_same},
+    wait_until,
 };
 use serde_json::Value;
 
@@ -393,6 +394,46 @@ fn two_pushes_of_one_volume_at_a_time_end_with_one_history() {
     assert!(codes.contains(&0), "{codes:?}");
     assert_eq!(histories(b)["db"], ["one"]);
     assert_equal(&mount, &b.mount("db"));
+}
+
+/// Both go on where they were when they are resumed, in whatever order: neither has taken the other's place.
+#[test]
+fn two_copies_of_a_volume_that_is_not_there_yet_arrive_beside_each_other() {
+    let mut cluster = Cluster::start(2);
+    let (a, b) = cluster.pair();
+    let mount = a.create_mounted("db");
+    write_random(&mount.join("data"), 24, 24 << 20);
+    a.cli(&["snapshot", "db@one"]).ok();
+    let push = |name| ["push", "db@one", "host-b", "--as", name, "--limit", "4M", "--detach"];
+    let ids = ["left", "right"].map(|name| text(&a.cli(&push(name)).ok().json()["id"]));
+
+    let both = wait_until("both have begun", LONG, || {
+        let both = ids.each_ref().map(|id| a.transfer(id));
+        both.iter().all(|transfer| delta_bytes(transfer) > 0).then_some(both)
+    });
+    assert!(both.iter().all(|transfer| transfer["state"] == "running"), "one waited for the other: {both:?}");
+    for id in &ids {
+        a.cli(&["transfers", "pause", id]).ok();
+    }
+    for id in ids.iter().rev() {
+        a.cli(&["transfers", "resume", id]).ok();
+    }
+    let done = ids.map(|id| a.wait_done(&id, LONG));
+
+    for (transfer, name) in done.iter().zip(["left", "right"]) {
+        assert_eq!(transfer["progress"]["resumed"], 1, "{transfer}");
+        assert_eq!(histories(b)[name], ["one"]);
+        assert_equal(&mount, &b.mount_to_read(name));
+    }
+    // Each goes on by itself.
+    write_random(&mount.join("more"), 25, 1000);
+    a.cli(&["snapshot", "db@two"]).ok();
+    for name in ["right", "left"] {
+        a.cli(&["push", "db@two", "host-b", "--as", name]).ok();
+    }
+    assert_eq!(histories(b).into_values().collect::<Vec<_>>(), [["one", "two"], ["one", "two"]]);
+    assert_sound(a);
+    assert_sound(b);
 }
 
 #[test]
