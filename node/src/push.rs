@@ -349,8 +349,8 @@ async fn send_step(
         None => Stream::new(step, sending.gates.clone()),
     };
     let begin = begin_step(number, step, after, lineage, answer, &stream)?;
-    // While the receiver gets ready, which may take it as long as reading takes here. Programs are started when it is.
-    let is_early = stream.source.is_none() && begin.resume.is_none() && step.format == DeltaFormat::tree();
+    // While the receiver gets ready, which may take it as long as reading takes here.
+    let is_early = stream.source.is_none() && begin.resume.is_none();
     line.send(&Message::BeginStep(Box::new(begin))).await?;
     let whole = request(step, sending, None);
     let early = async {

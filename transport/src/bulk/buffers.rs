@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 /// How many buffers are kept, of all receives together, and how large: enough for two receives.
 const SPARE_BUFFERS: usize = 16;
-const SPARE_LENGTH: usize = 512 * 1024;
+const SPARE_LENGTH: usize = 768 * 1024;
 
 /// What is shorter has a buffer of its own length.
 const SHORT: usize = 16 * 1024;

@@ -6,8 +6,8 @@
 use super::{BoxError, StopReason};
 
 /// The sender cuts the delta into frames of at most this many raw bytes: a chunk of the portable format, which ends with a record,
-/// stays in one piece.
-pub(super) const FRAME_RAW: usize = 400 * 1024;
+/// stays in one piece, and two that hold a piece of a large file each go together.
+pub(super) const FRAME_RAW: usize = 656 * 1024;
 /// A receiver takes frames up to this, for senders that choose otherwise.
 pub(super) const FRAME_RAW_LIMIT: usize = 1024 * 1024;
 pub(super) const HEADER_LEN: usize = 17;
@@ -25,7 +25,7 @@ const STOP: u8 = 1;
 pub(super) enum Kind {
     /// The payload is the raw bytes.
     Stored,
-    /// The payload is one zstd frame of the raw bytes.
+    /// The payload is zstd frames, one or more, of the raw bytes.
     Zstd,
     /// The payload is an [`End`].
     End,

@@ -24,6 +24,7 @@ mod hostile;
 mod incoming;
 mod lanes;
 mod outgoing;
+mod pieces;
 mod queue;
 mod rate;
 mod stage;

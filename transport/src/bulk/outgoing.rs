@@ -23,6 +23,7 @@ use super::{
     compression::{Choice, Compressors, Pacer},
     frame::{ACK_LEN, Ack, FRAME_RAW, HEADER_LEN, Header, Kind},
     nobody,
+    pieces::Pieces,
     queue::{Frame, Queue, Slot},
     rate::{self, Gate},
     stage::Stage,
@@ -35,7 +36,7 @@ use crate::{
 };
 
 /// Smaller chunks of the source are put together until there is this much.
-const GATHER: usize = FRAME_RAW / 2;
+const GATHER: usize = 200 * 1024;
 /// Frames compressed at once: as many as processors, and no more, so that waiting for them shows that the processors
 /// are the bottleneck.
 const MOST_ENCODERS: usize = 4;
@@ -212,6 +213,8 @@ struct Feeder {
     gathered: BytesMut,
     /// What a long chunk still holds.
     rest: Bytes,
+    /// What was read and did not fit into the frame before.
+    ahead: Option<Bytes>,
     source_done: bool,
     hasher: Option<blake3::Hasher>,
     hashing: JoinSet<blake3::Hasher>,
@@ -219,9 +222,24 @@ struct Feeder {
 }
 
 impl Feeder {
-    /// The next frame's bytes; nothing at the end.
-    async fn next(&mut self, source: &mut dyn ChunkSource) -> Result<Option<Bytes>, BoxError> {
+    /// The next frame's bytes; nothing at the end. Two pieces where both fit: what there is to do for each frame is threads that wake
+    /// each other, and of data that compresses that is a tenth of a push.
+    async fn next(&mut self, source: &mut dyn ChunkSource) -> Result<Option<Pieces>, BoxError> {
+        let Some(first) = self.piece(source).await? else { return Ok(None) };
+        match self.piece(source).await? {
+            Some(second) if first.len() + second.len() <= FRAME_RAW => Ok(Some(Pieces::of(first, second))),
+            second => {
+                self.ahead = second;
+                Ok(Some(first.into()))
+            }
+        }
+    }
+
+    async fn piece(&mut self, source: &mut dyn ChunkSource) -> Result<Option<Bytes>, BoxError> {
         loop {
+            if let Some(ahead) = self.ahead.take() {
+                return Ok(Some(ahead));
+            }
             if !self.rest.is_empty() {
                 let length = self.rest.len().min(FRAME_RAW);
                 return Ok(Some(self.rest.split_to(length)));
@@ -242,10 +260,12 @@ impl Feeder {
     }
 
     /// Hashes behind the caller's back, one chunk at a time.
-    async fn hash(&mut self, raw: Bytes) -> Result<(), BoxError> {
+    async fn hash(&mut self, raw: Pieces) -> Result<(), BoxError> {
         let mut hasher = self.hashed().await?;
         threads::start_in(&mut self.hashing, move || {
-            hasher.update(&raw);
+            for piece in raw.iter() {
+                hasher.update(piece);
+            }
             hasher
         });
         Ok(())
@@ -347,7 +367,7 @@ impl Run<'_> {
     }
 
     /// Numbers a frame, and has it compressed where that pays.
-    fn submit(&self, feeder: &mut Feeder, raw: Bytes) {
+    fn submit(&self, feeder: &mut Feeder, raw: Pieces) {
         let mut queue = self.shared.queue();
         let (seq, raw_len) = (queue.next(), raw.len() as u32);
         queue.end.raw_bytes += u64::from(raw_len);
@@ -370,7 +390,7 @@ impl Run<'_> {
                     queue.fill(match compressed {
                         Some(payload) => {
                             let header = Header { kind: Kind::Zstd, payload: payload.len() as u32, ..stored };
-                            Frame { header, payload }
+                            Frame { header, payload: payload.into() }
                         }
                         None => Frame { header: stored, payload: raw },
                     });
@@ -417,8 +437,8 @@ impl Run<'_> {
                 continue;
             };
             let written = HEADER_LEN + payload.len();
-            let pieces = [Bytes::copy_from_slice(&header.encode()), payload];
-            self.sent(self.write_pieces(send, pieces).await).await?;
+            let header = Bytes::copy_from_slice(&header.encode());
+            self.sent(self.write_pieces(send, [header].into_iter().chain(payload)).await).await?;
             let mut queue = self.shared.queue();
             queue.wire_bytes += written as u64;
             queue.pacer.frame_written();
@@ -426,7 +446,11 @@ impl Run<'_> {
     }
 
     /// Writes a frame no faster than the gates let it through.
-    async fn write_pieces(&self, send: &mut quinn::SendStream, pieces: [Bytes; 2]) -> Result<(), quinn::WriteError> {
+    async fn write_pieces(
+        &self,
+        send: &mut quinn::SendStream,
+        pieces: impl Iterator<Item = Bytes>,
+    ) -> Result<(), quinn::WriteError> {
         for mut rest in pieces {
             while !rest.is_empty() {
                 let piece = match rate::piece(&self.limits.gates) {

@@ -8,6 +8,7 @@ use super::{
     Progress,
     compression::Pacer,
     frame::{END_LEN, End, FRAME_RAW, HEADER_LEN, Header, Kind},
+    pieces::Pieces,
     stage::Waits,
 };
 
@@ -39,7 +40,7 @@ pub(super) enum Slot {
 #[derive(Debug, Clone)]
 pub(super) struct Frame {
     pub(super) header: Header,
-    pub(super) payload: Bytes,
+    pub(super) payload: Pieces,
 }
 
 impl Queue {
@@ -86,7 +87,7 @@ impl Queue {
 
     pub(super) fn push_end(&mut self) {
         let header = Header { kind: Kind::End, seq: self.next(), raw: 0, payload: END_LEN as u32 };
-        let payload = Bytes::copy_from_slice(&self.end.encode());
+        let payload = Pieces::from(Bytes::copy_from_slice(&self.end.encode()));
         self.held += payload.len();
         self.frames.push_back(Slot::Ready(Frame { header, payload }));
         self.ended = true;

@@ -254,11 +254,8 @@ impl Arrival {
                     self.pool.leave_note(&receive_key(volume.id()));
                     Ok(())
                 };
-                thread::scope(|scope| {
-                    // Where no thread can be started it goes before.
-                    let _ = Builder::new().name("zfs".to_owned()).spawn_scoped(scope, move || drop(view));
-                    publish()
-                })?;
+                drop(view);
+                publish()?;
             }
         }
         self.stage = None;
@@ -387,6 +384,7 @@ impl Pool {
 
     /// Tells whether one snapshot only has this guid, in and out of our part of the pool.
     fn is_only_one(&self, guid: u64) -> std::result::Result<bool, Trouble> {
+        self.settle_views();
         let pool = self.root().split('/').next().unwrap_or_default();
         let of_guid =
             self.list(pool, "guid")?.into_iter().filter(|it| it.snapshot().is_some() && it.guid() == Some(guid));

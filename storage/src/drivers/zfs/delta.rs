@@ -16,7 +16,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc};
 
 use super::{
     FORMAT_1, FORMAT_2,
@@ -26,7 +26,7 @@ use super::{
     resume,
     snapshot::{PIECE, Totals},
     stream::{PLAIN, RICH},
-    view::View,
+    view::{Leaving, View},
     volume::{StoredSnapshot, Volume},
 };
 use crate::{
@@ -106,7 +106,14 @@ impl Drop for Held {
 pub(super) struct Source {
     from: From,
     _views: Vec<View>,
-    _held: Held,
+    held: Held,
+}
+
+impl Source {
+    /// Counts it among what is let go of, until the guard goes.
+    fn leaving(&self) -> Leaving {
+        self.held.pool.views.leaving()
+    }
 }
 
 enum From {
@@ -157,7 +164,7 @@ impl Pool {
         } else {
             From::Program(self.start_sending(request, &volume, target)?)
         };
-        Ok(Source { from, _views: views, _held: held })
+        Ok(Source { from, _views: views, held })
     }
 
     /// Asks `zfs send` how long the stream will be. Of the portable format it tells how long its own would be, uncompressed: the
@@ -292,9 +299,13 @@ impl ZfsDeltaReader {
                     if let From::Trees(writer) = &mut source.from {
                         locked(&found).append(&mut writer.take_findings());
                     }
-                    // Whoever has read to the end may do to the snapshots what they like.
-                    drop(source);
-                    let _ = sender.blocking_send(chunk);
+                    // Only who wants to destroy the snapshots waits until they are let go of, and nobody while there is no room.
+                    if let Ok(place) = Handle::current().block_on(sender.reserve()) {
+                        let leaving = source.leaving();
+                        place.send(chunk);
+                        drop(source);
+                        drop(leaving);
+                    }
                     break;
                 }
                 if sender.blocking_send(chunk).is_err() {

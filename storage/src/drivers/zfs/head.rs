@@ -185,11 +185,12 @@ impl Pool {
         self.set(dataset, "readonly", "off").map_err(|trouble| trouble.into_error(operation, dataset))
     }
 
-    pub(super) fn detach(&self, target: Target) -> Result<()> {
+    pub(super) fn detach(self: &Arc<Self>, target: Target) -> Result<()> {
         const OPERATION: &str = "detach";
         let Some(attachment) = self.attached().remove(&target) else { return Ok(()) };
         if let Some(key) = attachment.serves {
             self.leave_view(&view_name(key));
+            self.settle_views();
             return Ok(());
         }
         let Target::Head(id) = target else { return Ok(()) };

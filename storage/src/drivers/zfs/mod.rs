@@ -117,6 +117,19 @@ impl ZfsDriver {
         run(operation, move || pool.forgetting(work(&pool))).await
     }
 
+    /// Does what clones of snapshots stand in the way of.
+    async fn when_settled<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&Arc<Pool>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let settled = move |pool: &Arc<Pool>| {
+            pool.settle_views();
+            work(pool)
+        };
+        self.with(operation, settled).await
+    }
+
     /// Reads a stream to its end for its length: the `zfs send` of a zfs-fuse has no dry run. Of the portable format it reads
     /// the stream that it would have sent in its place.
     async fn count(&self, request: DeltaRequest) -> Result<Option<u64>> {
@@ -132,6 +145,13 @@ impl ZfsDriver {
             length += chunk.len() as u64;
         }
         Ok(Some(length))
+    }
+}
+
+/// Whoever opens the pool next finds it closed.
+impl Drop for ZfsDriver {
+    fn drop(&mut self) {
+        self.pool.settle_views();
     }
 }
 
@@ -171,7 +191,7 @@ impl Driver for ZfsDriver {
     }
 
     async fn destroy(&self, volume: VolumeId) -> Result<()> {
-        self.with("destroy volume", move |pool| pool.destroy(volume)).await
+        self.when_settled("destroy volume", move |pool| pool.destroy(volume)).await
     }
 
     async fn snapshot(&self, requests: &[SnapshotRequest]) -> Result<Vec<SnapshotReport>> {
@@ -180,16 +200,16 @@ impl Driver for ZfsDriver {
     }
 
     async fn forget(&self, snapshot: SnapshotKey) -> Result<()> {
-        self.with("forget snapshot", move |pool| pool.forget(snapshot)).await
+        self.when_settled("forget snapshot", move |pool| pool.forget(snapshot)).await
     }
 
     async fn rewind(&self, snapshot: SnapshotKey) -> Result<()> {
-        self.with("rewind to snapshot", move |pool| pool.rewind(snapshot)).await
+        self.when_settled("rewind to snapshot", move |pool| pool.rewind(snapshot)).await
     }
 
     async fn split(&self, keep: SnapshotKey, fork: &VolumeRecord) -> Result<()> {
         let fork = fork.clone();
-        self.with("split volume", move |pool| pool.split(keep, &fork)).await
+        self.when_settled("split volume", move |pool| pool.split(keep, &fork)).await
     }
 
     async fn clone_from(&self, record: &VolumeRecord) -> Result<()> {

@@ -89,7 +89,7 @@ pub(super) struct Pool {
     _place: Place,
     pub(super) programs: Programs,
     pub(super) abilities: Abilities,
-    pub(super) views: Views,
+    pub(super) views: Arc<Views>,
     pub(super) known: Known,
     root: String,
     runtime: PathBuf,
@@ -134,7 +134,7 @@ impl Pool {
         let pool = Arc::new(Self {
             programs,
             abilities,
-            views: Views::default(),
+            views: Arc::default(),
             known: Known::default(),
             root,
             runtime,

@@ -221,6 +221,7 @@ impl Pool {
         stored: &StoredSnapshot,
     ) -> Result<()> {
         let incoming = task.incoming();
+        self.settle_views();
         self.write_record(OPERATION, "snapshot", &arrived(&incoming, task), stored)?;
         // The record may have changed meanwhile, and somebody may have used the head.
         let now = self.volume(OPERATION, volume.id())?;

@@ -33,6 +33,7 @@ impl Pool {
 
     /// Renames a dataset. Nothing that depends on it is unmounted for that where the program can be told so.
     pub(super) fn rename(&self, from: &str, to: &str) -> std::result::Result<(), Trouble> {
+        self.settle_views();
         if self.abilities.modern {
             match self.programs.zfs_patiently(&["rename", "-u", from, to]) {
                 Err(trouble) if trouble.class == Class::Usage => {}
@@ -56,6 +57,7 @@ impl Pool {
     }
 
     fn try_delete(&self, dataset: &str) -> std::result::Result<(), Trouble> {
+        self.settle_views();
         self.unmount(&self.mount_point(dataset))?;
         let listed = match self.list(dataset, "type,userrefs") {
             Err(trouble) if trouble.class == Class::NotFound => return Ok(()),
@@ -81,6 +83,7 @@ impl Pool {
     /// Destroys a snapshot of a head that was taken for a moment. A receive that began in that moment builds on it on zfs-fuse, so
     /// it goes when that has ended.
     pub(super) fn delete_momentary(&self, volume: VolumeId, name: &str) {
+        self.settle_views();
         match gone(self.programs.zfs_patiently(&["destroy", name])) {
             Err(trouble) if trouble.class == Class::Exists => {
                 locked(&self.outlived).push(name.to_owned());
@@ -104,6 +107,7 @@ impl Pool {
 
     /// Destroys one snapshot that nobody needs; a failure is logged and tried again at the next open.
     pub(super) fn delete_snapshot(&self, name: &str) {
+        self.settle_views();
         if let Err(error) = gone(self.programs.zfs_patiently(&["destroy", name])) {
             tracing::warn!(name, error = %error.error, "a snapshot cannot be destroyed yet");
         }

@@ -1,18 +1,21 @@
 //! Mounts: heads where they are attached, and snapshots where they are read.
 //!
-//! A snapshot is read through a clone of it in `ROOT/views`, which goes when the last reader has left; what is there at open
-//! is cleared away. zfs-fuse cannot mount a snapshot itself, and on OpenZFS a mounted snapshot keeps the dataset from being
-//! promoted: a reader would stand in the way of the next received snapshot. Refuses to know who reads.
+//! A snapshot is read through a clone of it in `ROOT/views`, which goes when the last reader has left, behind that reader's back: what
+//! clones stand in the way of waits for it ([`Pool::settle_views`]). What is there at open is cleared away. zfs-fuse cannot mount a
+//! snapshot itself, and on OpenZFS a mounted snapshot keeps the dataset from being promoted: a reader would stand in the way of the
+//! next received snapshot. Refuses to know who reads.
 
 use std::{
     collections::HashMap,
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::Builder,
 };
 
 use rustix::mount::UnmountFlags;
+use uuid::Uuid;
 
 use super::{
     catalog::gone,
@@ -24,9 +27,59 @@ use crate::{
     model::{SnapshotKey, VolumeId},
 };
 
-/// The snapshots that are mounted, by the names of their views, with the number of those who read.
+/// The snapshots that are mounted, by the names of their views.
 #[derive(Debug, Default)]
-pub(super) struct Views(Mutex<HashMap<String, usize>>);
+pub(super) struct Views {
+    states: Mutex<HashMap<String, State>>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Opening,
+    Open { readers: usize },
+    Closing,
+}
+
+impl Views {
+    /// Waits until something is true of them.
+    fn when(&self, wanted: impl Fn(&HashMap<String, State>) -> bool) -> MutexGuard<'_, HashMap<String, State>> {
+        self.changed.wait_while(locked(&self.states), |states| !wanted(states)).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, name: &str, state: Option<State>) {
+        let mut states = locked(&self.states);
+        match state {
+            Some(state) => states.insert(name.to_owned(), state),
+            None => states.remove(name),
+        };
+        self.changed.notify_all();
+    }
+
+    /// Has [`Views::settle`] wait for something else, too, until the guard goes.
+    pub(super) fn leaving(self: &Arc<Self>) -> Leaving {
+        let name = format!("leaving.{}", Uuid::now_v7());
+        self.set(&name, Some(State::Closing));
+        Leaving { views: Arc::clone(self), name }
+    }
+
+    /// Waits until none is being closed.
+    pub(super) fn settle(&self) {
+        drop(self.when(|states| !states.values().any(|state| *state == State::Closing)));
+    }
+}
+
+/// What is let go of behind somebody's back.
+pub(super) struct Leaving {
+    views: Arc<Views>,
+    name: String,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.views.set(&self.name, None);
+    }
+}
 
 /// A snapshot that can be read at a path while this value lives.
 pub(super) struct View {
@@ -68,42 +121,67 @@ impl Pool {
     /// Counts one more reader of a snapshot, who leaves by [`Pool::leave_view`]; the first one has it mounted.
     pub(super) fn enter_view(&self, operation: &'static str, snapshot: &str, name: &str) -> Result<PathBuf> {
         let path = self.mounts().join("views").join(name);
-        let mut views = locked(&self.views.0);
-        if !views.contains_key(name) {
-            make_dir(&path).map_err(|error| Error::io(operation, path.display(), error))?;
-            self.open_view(snapshot, name, &path).map_err(|trouble| trouble.into_error(operation, snapshot))?;
+        let mut states = self.views.when(|states| !matches!(states.get(name), Some(State::Opening | State::Closing)));
+        if let Some(State::Open { readers }) = states.get_mut(name) {
+            *readers += 1;
+            return Ok(path);
         }
-        *views.entry(name.to_owned()).or_default() += 1;
-        Ok(path)
+        states.insert(name.to_owned(), State::Opening);
+        drop(states);
+        let opened = make_dir(&path).map_err(|error| Error::io(operation, path.display(), error)).and_then(|()| {
+            self.open_view(snapshot, name, &path).map_err(|trouble| trouble.into_error(operation, snapshot))
+        });
+        self.views.set(name, opened.is_ok().then_some(State::Open { readers: 1 }));
+        opened.map(|()| path)
     }
 
-    /// Counts one reader less; the last one has it unmounted.
-    pub(super) fn leave_view(&self, name: &str) {
-        let mut views = locked(&self.views.0);
-        let Some(readers) = views.get_mut(name) else { return };
+    /// Counts one reader less; the last one has it unmounted, on a thread of its own.
+    pub(super) fn leave_view(self: &Arc<Self>, name: &str) {
+        let mut states = locked(&self.views.states);
+        let Some(State::Open { readers }) = states.get_mut(name) else { return };
         *readers -= 1;
-        if *readers == 0 {
-            views.remove(name);
-            if let Err(trouble) = self.close_view(name) {
-                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot is in use and stays until the pool is opened again");
-            }
+        if *readers > 0 {
+            return;
         }
+        states.insert(name.to_owned(), State::Closing);
+        drop(states);
+        let (pool, of_thread) = (Arc::clone(self), name.to_owned());
+        if Builder::new().name("zfs".to_owned()).spawn(move || pool.close_left(&of_thread)).is_err() {
+            Arc::clone(self).close_left(name);
+        }
+    }
+
+    /// Closes a view that everybody has left. Whoever waits for that finds the pool no longer held here.
+    fn close_left(self: Arc<Self>, name: &str) {
+        self.close_or_leave(name);
+        let views = Arc::clone(&self.views);
+        drop(self);
+        views.set(name, None);
+    }
+
+    fn close_or_leave(&self, name: &str) {
+        if let Err(trouble) = self.close_view(name) {
+            tracing::info!(view = name, error = %trouble.error, "a view of a snapshot is in use and stays until the pool is opened again");
+        }
+    }
+
+    /// Waits until what was left is closed: clones of snapshots stand in the way of what destroys, renames or promotes.
+    pub(super) fn settle_views(&self) {
+        self.views.settle();
     }
 
     /// Tells whether anybody reads a snapshot of a volume.
     pub(super) fn has_readers(&self, volume: VolumeId) -> bool {
         let prefix = format!("{volume}.");
-        locked(&self.views.0).keys().any(|name| name.starts_with(&prefix))
+        locked(&self.views.states).keys().any(|name| name.starts_with(&prefix))
     }
 
-    /// Closes all views at the end.
+    /// Closes all views at the end, when nobody is left who could be closing one.
     pub(super) fn close_views(&self) {
-        let names: Vec<String> = locked(&self.views.0).drain().map(|(name, _)| name).collect();
-        for name in names {
-            if let Err(trouble) = self.close_view(&name) {
-                tracing::info!(view = name, error = %trouble.error, "a view of a snapshot is in use and stays until the pool is opened again");
-            }
-        }
+        let states = std::mem::take(&mut *locked(&self.views.states));
+        let open = states.into_iter().filter(|(_, state)| matches!(state, State::Open { .. }));
+        let names: Vec<String> = open.map(|(name, _)| name).collect();
+        names.iter().for_each(|name| self.close_or_leave(name));
     }
 
     fn open_view(&self, snapshot: &str, name: &str, path: &Path) -> std::result::Result<(), Trouble> {
