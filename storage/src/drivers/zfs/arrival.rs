@@ -254,8 +254,12 @@ impl Arrival {
                     self.pool.leave_note(&receive_key(volume.id()));
                     Ok(())
                 };
-                drop(view);
-                publish()?;
+                if let Some(view) = view {
+                    view.leave();
+                }
+                let published = publish();
+                self.pool.settle_views();
+                published?;
             }
         }
         self.stage = None;

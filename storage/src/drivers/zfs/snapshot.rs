@@ -73,7 +73,9 @@ impl Drop for Taken<'_> {
 impl Pool {
     /// Takes all snapshots first, so that nothing is published when one of them fails.
     pub(super) fn snapshot(self: &Arc<Self>, requests: &[SnapshotRequest]) -> Result<Vec<SnapshotReport>> {
-        self.again_if_gone(|| self.try_snapshot(requests))
+        let taken = self.again_if_gone(|| self.try_snapshot(requests));
+        self.settle_views();
+        taken
     }
 
     fn try_snapshot(self: &Arc<Self>, requests: &[SnapshotRequest]) -> Result<Vec<SnapshotReport>> {
@@ -149,10 +151,13 @@ impl Pool {
                 let equal = match (tip, glance) {
                     (Some((tip, known)), Glance::Unclear(inodes)) if known.totals() == totals => {
                         let before = self.view(OPERATION, *tip)?;
-                        are_equal(&Root::open(before.path())?, &Root::open(view.path())?, inodes.as_ref())?
+                        let equal = are_equal(&Root::open(before.path())?, &Root::open(view.path())?, inodes.as_ref())?;
+                        before.leave();
+                        equal
                     }
                     _ => false,
                 };
+                view.leave();
                 (totals, equal)
             }
         };

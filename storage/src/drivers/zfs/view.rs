@@ -1,9 +1,10 @@
 //! Mounts: heads where they are attached, and snapshots where they are read.
 //!
-//! A snapshot is read through a clone of it in `ROOT/views`, which goes when the last reader has left, behind that reader's back: what
-//! clones stand in the way of waits for it ([`Pool::settle_views`]). What is there at open is cleared away. zfs-fuse cannot mount a
-//! snapshot itself, and on OpenZFS a mounted snapshot keeps the dataset from being promoted: a reader would stand in the way of the
-//! next received snapshot. Refuses to know who reads.
+//! A snapshot is read through a clone of it in `ROOT/views`, which goes when the last reader has left; what is there at open is cleared
+//! away. That takes a while, so a reader can leave it to a thread ([`View::leave`]): what clones stand in the way of waits for that, as
+//! does whoever left before its verb ends ([`Pool::settle_views`]), so that an operator finds nothing of a verb that is over. zfs-fuse
+//! cannot mount a snapshot itself, and on OpenZFS a mounted snapshot keeps the dataset from being promoted: a reader would stand in the
+//! way of the next received snapshot. Refuses to know who reads.
 
 use std::{
     collections::HashMap,
@@ -63,6 +64,10 @@ impl Views {
         Leaving { views: Arc::clone(self), name }
     }
 
+    fn settle_one(&self, name: &str) {
+        drop(self.when(|states| states.get(name) != Some(&State::Closing)));
+    }
+
     /// Waits until none is being closed.
     pub(super) fn settle(&self) {
         drop(self.when(|states| !states.values().any(|state| *state == State::Closing)));
@@ -86,6 +91,7 @@ pub(super) struct View {
     pool: Arc<Pool>,
     name: String,
     path: PathBuf,
+    is_left: bool,
 }
 
 impl std::fmt::Debug for View {
@@ -98,11 +104,20 @@ impl View {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Leaves without waiting until nothing is left of it.
+    pub(super) fn leave(mut self) {
+        self.is_left = true;
+        self.pool.leave_view(&self.name);
+    }
 }
 
 impl Drop for View {
     fn drop(&mut self) {
-        self.pool.leave_view(&self.name);
+        if !self.is_left {
+            self.pool.leave_view(&self.name);
+            self.pool.views.settle_one(&self.name);
+        }
     }
 }
 
@@ -115,7 +130,7 @@ impl Pool {
     /// Makes any snapshot readable, under a name of its own.
     pub(super) fn view_of(self: &Arc<Self>, operation: &'static str, snapshot: &str, name: String) -> Result<View> {
         let path = self.enter_view(operation, snapshot, &name)?;
-        Ok(View { pool: Arc::clone(self), name, path })
+        Ok(View { pool: Arc::clone(self), name, path, is_left: false })
     }
 
     /// Counts one more reader of a snapshot, who leaves by [`Pool::leave_view`]; the first one has it mounted.
