@@ -207,7 +207,15 @@ async fn bind(node: &Node, receipt: &Receipt) -> Result<Bound, Failure> {
     let head = match &volume {
         Some(record) => {
             here.read(node, record.id).await?;
-            node.look_at_head(record.id).await?
+            match node.look_at_head(record.id).await? {
+                HeadState::Dirty => {
+                    // Or a snapshot is being published, of which the head has the contents before anybody knows of it.
+                    let _guard = node.catalog.work_on(record.id).await;
+                    here.read(node, record.id).await?;
+                    node.driver.head_state(record.id).await.map_err(ApiProblem::from)?
+                }
+                clean => clean,
+            }
         }
         None => HeadState::Clean,
     };
